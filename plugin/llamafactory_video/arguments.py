@@ -1,0 +1,169 @@
+"""The YAML keys that the plugin adds to LLaMA-Factory's own, and what they resolve to.
+
+Each class is mixed into LLaMA-Factory's dataclass of the same kind (hooks.py), so keys are checked, documented in
+`--help` and overridable on the command line as its own are.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from .video.sampling import Sampling, SamplingError
+
+# LLaMA-Factory's own defaults, for keys whose default here is None so that "not given" can be told apart.
+_LLAMAFACTORY_DEFAULTS = {
+    "video_fps": 2.0,
+    "video_maxlen": 128,
+    "video_min_pixels": 16 * 16,
+    "video_max_pixels": 256 * 256,
+    "image_min_pixels": 32 * 32,
+    "image_max_pixels": 768 * 768,
+}
+
+
+@dataclass
+class VideoModelKeys:
+    """Keys on how clips and images are sampled."""
+
+    video_sampling: Literal["llamafactory", "qwen_finetune"] = field(
+        default="llamafactory",
+        metadata={
+            "help": "Whose meaning the video_* and image_* keys have. `llamafactory`: pixels count one frame. "
+            "`qwen_finetune`: as in Qwen's official trainer, pixels count the whole clip (frames x height x width); "
+            "keys that are not given come from the model's processor files."
+        },
+    )
+    video_fps: float | None = field(default=None, metadata={"help": "Frames to sample per second of a clip."})
+    video_min_frames: int | None = field(default=None, metadata={"help": "The least number of frames of a clip."})
+    video_max_frames: int | None = field(
+        default=None, metadata={"help": "The greatest number of frames of a clip; another name for `video_maxlen`."}
+    )
+    video_maxlen: int | None = field(default=None, metadata={"help": "The greatest number of frames of a clip."})
+    video_min_pixels: int | None = field(
+        default=None, metadata={"help": "The least number of pixels, of what `video_sampling` says."}
+    )
+    video_max_pixels: int | None = field(
+        default=None, metadata={"help": "The greatest number of pixels, of what `video_sampling` says."}
+    )
+    image_min_pixels: int | None = field(default=None, metadata={"help": "The least number of pixels of an image."})
+    image_max_pixels: int | None = field(default=None, metadata={"help": "The greatest number of pixels of an image."})
+
+    def take_video_keys(self) -> None:
+        """Remember which keys were given, then fill the others so that LLaMA-Factory's own code finds numbers."""
+        if None not in (self.video_max_frames, self.video_maxlen) and self.video_max_frames != self.video_maxlen:
+            raise ValueError(
+                f"video_max_frames is {self.video_max_frames} and video_maxlen {self.video_maxlen}; "
+                "they are two names for one setting: give one of them"
+            )
+        if self.video_maxlen is None:
+            self.video_maxlen = self.video_max_frames
+        names = [*_LLAMAFACTORY_DEFAULTS, "video_min_frames"]
+        self.given_video_keys = {n: getattr(self, n) for n in names if getattr(self, n) is not None}
+        for name, default in _LLAMAFACTORY_DEFAULTS.items():
+            if getattr(self, name) is None:
+                setattr(self, name, default)
+        for kind in ("video", "image"):
+            if f"{kind}_max_pixels" not in self.given_video_keys:
+                least = getattr(self, f"{kind}_min_pixels")
+                setattr(self, f"{kind}_max_pixels", max(least, getattr(self, f"{kind}_max_pixels")))
+
+
+@dataclass
+class VideoDataKeys:
+    """Keys on reading annotation files."""
+
+    skip_wrong_records: bool = field(
+        default=False,
+        metadata={"help": "Leave wrong records of `video_conversation` data sets out, with a report, and go on."},
+    )
+    answer_json_indent: int | None = field(
+        default=None,
+        metadata={"help": "Spaces of indentation for answers that are JSON values; one line if not given."},
+    )
+
+
+@dataclass
+class VideoFinetuningKeys:
+    """Keys on training by module."""
+
+    vision_tower_lr: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of the vision tower without its mergers; `learning_rate` if not given."},
+    )
+    mm_projector_lr: float | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rate of the projector (visual.merger and visual.deepstack_merger_list); "
+            "`learning_rate` if not given."
+        },
+    )
+
+
+def resolve_sampling(dialect: str, given: dict[str, Any], video_processor: Any) -> Sampling:
+    """How clips are sampled: the recipe's keys over what the dialect takes for granted.
+
+    Args:
+        dialect: value of `video_sampling`.
+        given: the video_* keys that the recipe gives.
+        video_processor: the model's own; transformers' Qwen3VLVideoProcessor.
+
+    Raises:
+        SamplingError: if the numbers contradict each other.
+    """
+    size = video_processor.size
+    processor_bounds = {"processor_min_pixels": size.shortest_edge, "processor_max_pixels": size.longest_edge}
+    patches = {name: getattr(video_processor, name) for name in ("patch_size", "temporal_patch_size", "merge_size")}
+    if dialect == "qwen_finetune":
+        defaults = Sampling(
+            dialect,
+            fps=video_processor.fps,
+            min_frames=video_processor.min_frames,
+            max_frames=video_processor.max_frames,
+            min_pixels=size.shortest_edge,
+            max_pixels=size.longest_edge,
+            **patches,
+            **processor_bounds,
+        )
+    else:
+        defaults = Sampling(
+            dialect, 2.0, min_frames=1, max_frames=128, min_pixels=16 * 16, max_pixels=256 * 256, **patches,
+            **processor_bounds,
+        )  # fmt: skip
+    try:
+        return defaults.override(
+            fps=given.get("video_fps"),
+            min_frames=given.get("video_min_frames"),
+            max_frames=given.get("video_maxlen"),
+            min_pixels=given.get("video_min_pixels"),
+            max_pixels=given.get("video_max_pixels"),
+        )
+    except SamplingError as error:
+        raise SamplingError(f"{error} (what the recipe does not give comes from the dialect {dialect})") from error
+
+
+def apply_to_processor(dialect: str, given: dict[str, Any], processor: Any) -> Sampling:
+    """Resolve the keys and, where the processor can hold them, write them into it.
+
+    In the dialect `qwen_finetune` the settings live in the processor itself, so they are saved with every
+    checkpoint: chat, export and plain transformers sample from such a folder as training did.
+
+    Returns:
+        The sampling of clips.
+    """
+    video_processor, image_processor = processor.video_processor, processor.image_processor
+    sampling = resolve_sampling(dialect, given, video_processor)
+    if dialect == "qwen_finetune":
+        video_processor.fps = sampling.fps
+        video_processor.min_frames = sampling.min_frames
+        video_processor.max_frames = sampling.max_frames
+        video_processor.size = _bounded(video_processor.size, sampling.min_pixels, sampling.max_pixels)
+        size = image_processor.size
+        least = given.get("image_min_pixels", size.shortest_edge)
+        most = given.get("image_max_pixels", size.longest_edge)
+        if not 0 < least <= most:
+            raise SamplingError(f"image_min_pixels is {least} and image_max_pixels {most}; the first must be smaller")
+        image_processor.size = _bounded(size, least, most)
+    return sampling
+
+
+def _bounded(size: Any, least: int, most: int) -> Any:
+    return type(size)(shortest_edge=least, longest_edge=most)

@@ -1,0 +1,619 @@
+"""All contact with LLaMA-Factory: one table, module -> what is needed there and what is installed there.
+
+LLaMA-Factory loads no plugins. `watch` puts a finder before Python's own that does nothing but wait for the modules
+of the table, and installs right after each has run, before others import names from it. It is a few lines of our own
+because importing wrapt, which has the same, costs most of the 5 ms that `import torch` may pay for us.
+
+Before the first installation the sources of all modules are checked for every place that is extended, so that a
+LLaMA-Factory that lacks one gives one clear error and never a half-installed plugin.
+"""
+
+import ast
+import importlib.machinery
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+TEMPLATE, THINKING_TEMPLATE, FORMATTING = "qwen3_vl_video", "qwen3_vl_video_thinking", "video_conversation"
+SUPPORTED_VERSIONS = "0.9.5"
+DISABLE_VARIABLE = "LLAMAFACTORY_VIDEO_DISABLE"
+
+
+class UnsupportedLlamaFactory(RuntimeError):
+    """A place that the plugin extends is not in this LLaMA-Factory."""
+
+
+# --- Arguments -------------------------------------------------------------------------------------------------------
+
+
+def _hparams_parser(parser: ModuleType) -> None:
+    """The YAML keys of arguments.py, and a check that they go with the template."""
+    from dataclasses import dataclass
+
+    from .arguments import VideoDataKeys, VideoFinetuningKeys, VideoModelKeys
+
+    @dataclass
+    class ModelArguments(VideoModelKeys, parser.ModelArguments):
+        def __post_init__(self) -> None:
+            self.take_video_keys()
+            super().__post_init__()
+
+    @dataclass
+    class DataArguments(VideoDataKeys, parser.DataArguments):
+        pass
+
+    @dataclass
+    class FinetuningArguments(VideoFinetuningKeys, parser.FinetuningArguments):
+        pass
+
+    ours = {cls.__mro__[2]: cls for cls in (ModelArguments, DataArguments, FinetuningArguments)}
+    for arguments in (parser._TRAIN_ARGS, parser._INFER_ARGS):
+        arguments[:] = [ours.get(cls, cls) for cls in arguments]
+
+    def checked(parse: Callable) -> Callable:
+        def parse_and_check(args: Any = None) -> tuple:
+            parsed = parse(args)
+            _check_keys_fit_template(parsed[0], parsed[1])
+            return parsed
+
+        return parse_and_check
+
+    for name in ("_parse_train_args", "_parse_infer_args"):
+        _replace(parser, name, checked(getattr(parser, name)))
+
+
+def _check_keys_fit_template(model_args: Any, data_args: Any) -> None:
+    if data_args.template in (TEMPLATE, THINKING_TEMPLATE):
+        if data_args.packing and not data_args.neat_packing:
+            raise ValueError(
+                "packing lets samples attend to each other; use `neat_packing: true` with video templates"
+            )
+        if data_args.tokenized_path is not None:
+            raise ValueError("tokenized_path has no use with video templates: they tokenize when a record is needed")
+        return
+    given = "video_min_frames" if model_args.video_min_frames is not None else None
+    given = "video_sampling" if model_args.video_sampling != "llamafactory" else given
+    if given:
+        raise ValueError(f"{given} works with `template: {TEMPLATE}`; found template {data_args.template}")
+
+
+# --- Data sets -------------------------------------------------------------------------------------------------------
+
+
+def _record_keys(attr: Any) -> Any:
+    """Field names of a data set: `columns` and `tags` of dataset_info.json before the usual ones."""
+    from .data.conversation import ASSISTANT, FUNCTION, ROLES, SYSTEM, TOOL, USER, RecordKeys
+
+    usual = RecordKeys()
+
+    def names(own: str | None, others: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys([own, *others] if own else others))
+
+    tags = {attr.user_tag: USER, attr.assistant_tag: ASSISTANT, attr.system_tag: SYSTEM}
+    tags |= {attr.observation_tag: TOOL, attr.function_tag: FUNCTION}
+    return RecordKeys(
+        messages=names(attr.messages, usual.messages),
+        videos=names(attr.videos, usual.videos),
+        images=names(attr.images, usual.images),
+        system=names(attr.system, usual.system),
+        tools=names(attr.tools, usual.tools),
+        role=names(attr.role_tag, usual.role),
+        content=names(attr.content_tag, usual.content),
+        roles=tuple({**ROLES, **{tag: role for tag, role in tags.items() if tag}}.items()),
+    )
+
+
+def _data_converter(converter: ModuleType) -> None:
+    """`formatting: video_conversation` for data sets from a hub; files go through `_data_loader`."""
+    from dataclasses import dataclass
+
+    @dataclass
+    class VideoConversationConverter(converter.DatasetConverter):
+        def __call__(self, example: dict[str, Any]) -> dict[str, Any]:
+            from .data.conversation import parse_record
+            from .data.loader import DatasetError, MediaFinder, to_row
+
+            keys, indent = _record_keys(self.dataset_attr), self.data_args.answer_json_indent
+            conversation, problems = parse_record(example, MediaFinder(self.data_args.media_dir), keys, indent)
+            if problems:
+                raise DatasetError(f"{self.dataset_attr}: {'; '.join(map(str, problems))}, in the record {example}")
+            return to_row(conversation, str(self.dataset_attr))
+
+    if FORMATTING not in converter.DATASET_CONVERTERS:
+        converter.register_dataset_converter(FORMATTING, VideoConversationConverter)
+
+
+def _data_loader(loader: ModuleType) -> None:
+    """Read annotation files ourselves, and tokenize a record when it is asked for."""
+    load_single, preprocess = loader._load_single_dataset, loader._get_preprocessed_dataset
+
+    def _load_single_dataset(dataset_attr: Any, model_args: Any, data_args: Any, training_args: Any) -> Any:
+        if dataset_attr.formatting != FORMATTING or dataset_attr.load_from != "file":
+            return load_single(dataset_attr, model_args, data_args, training_args)
+        import numpy as np
+
+        from .data.loader import load_conversations
+
+        dataset = load_conversations(
+            Path(data_args.dataset_dir, dataset_attr.dataset_name),
+            data_args.media_dir,
+            _record_keys(dataset_attr),
+            data_args.answer_json_indent,
+            skip_wrong=data_args.skip_wrong_records,
+            report_dir=Path(training_args.output_dir),
+            cache_dir=model_args.cache_dir,
+            refresh=data_args.overwrite_cache and training_args.local_process_index == 0,
+            log=loader.logger.warning_rank0,
+            progress=training_args.should_log,
+        )
+        count = dataset_attr.num_samples
+        if count is not None and not data_args.streaming:
+            # As LLaMA-Factory does: all records once, then drawn again at random if more are wanted.
+            chosen = np.random.permutation(len(dataset))[:count]
+            drawn = np.random.choice(len(dataset), max(0, count - len(dataset)))
+            dataset = dataset.select(np.concatenate([chosen, drawn]))
+        if data_args.max_samples is not None:
+            dataset = dataset.select(range(min(data_args.max_samples, len(dataset))))
+        loader.logger.info_rank0(f"Data set {dataset_attr}: {len(dataset)} records.")
+        if data_args.streaming:
+            return dataset.to_iterable_dataset(num_shards=max(1, training_args.dataloader_num_workers))
+        return dataset
+
+    def _get_preprocessed_dataset(
+        dataset: Any,
+        data_args: Any,
+        training_args: Any,
+        stage: str,
+        template: Any,
+        tokenizer: Any,
+        processor: Any = None,
+        is_eval: bool = False,
+    ) -> Any:
+        lazy = stage == "sft" and hasattr(template, "thinking") and not (data_args.packing and not is_eval)
+        if dataset is None or not lazy:
+            return preprocess(dataset, data_args, training_args, stage, template, tokenizer, processor, is_eval)
+        from .data.loader import RecordEncoder
+
+        encoder = RecordEncoder(
+            tokenizer,
+            processor,
+            _frame_sampling(processor),
+            cutoff_len=data_args.cutoff_len,
+            thinking=template.thinking,
+            default_system=template.default_system,
+            generation=training_args.predict_with_generate and is_eval,
+            train_on_prompt=data_args.train_on_prompt,
+            last_turn_only=data_args.mask_history,
+        )
+        if data_args.streaming:
+            columns = list(next(iter(dataset)))
+            dataset = dataset.map(encoder.encode, remove_columns=columns)
+        else:
+            dataset = dataset.with_transform(encoder)
+        if training_args.should_log:
+            print(f"{'eval' if is_eval else 'training'} example:\n{encoder.describe(next(iter(dataset)))}")
+        return dataset
+
+    _replace(loader, "_load_single_dataset", _load_single_dataset)
+    _replace(loader, "_get_preprocessed_dataset", _get_preprocessed_dataset)
+
+
+def _data_packing(supervised: ModuleType) -> None:
+    """`neat_packing` packs what our own encoding makes; a record over the cutoff is an error, not cut."""
+    from dataclasses import dataclass
+
+    stock = supervised.PackedSupervisedDatasetProcessor
+
+    @dataclass
+    class PackedSupervisedDatasetProcessor(stock):
+        def _encode_data_example(self, prompt, response, system, tools, images, videos, audios):
+            if not hasattr(self.template, "thinking"):
+                return super()._encode_data_example(prompt, response, system, tools, images, videos, audios)
+            from .data.loader import RecordEncoder
+
+            encoder = RecordEncoder(
+                self.tokenizer,
+                self.processor,
+                _frame_sampling(self.processor),
+                cutoff_len=self.data_args.cutoff_len,
+                thinking=self.template.thinking,
+                default_system=self.template.default_system,
+                train_on_prompt=self.data_args.train_on_prompt,
+                last_turn_only=self.data_args.mask_history,
+            )
+            row = {"_prompt": prompt, "_response": response, "_system": system, "_tools": tools}
+            encoded = encoder.encode({**row, "_images": images, "_videos": videos})
+            return encoded["input_ids"], encoded["labels"]
+
+    _replace(supervised, "PackedSupervisedDatasetProcessor", PackedSupervisedDatasetProcessor)
+
+
+# --- Prompts and pixels ----------------------------------------------------------------------------------------------
+
+
+def _frame_sampling(processor: Any) -> Any:
+    sampling = getattr(processor, "frame_sampling", None)
+    if sampling is None:
+        found = "no processor" if processor is None else type(processor).__name__
+        raise ValueError(f"template {TEMPLATE} needs a Qwen3-VL model with its processor files; found {found}")
+    return sampling
+
+
+def _data_mm_plugin(mm_plugin: ModuleType) -> None:
+    """The multimodal side of the template, for the collator, chat and the API."""
+    from dataclasses import dataclass
+
+    @dataclass
+    class Qwen3VLVideoPlugin(mm_plugin.BasePlugin):
+        def process_messages(self, messages, images, videos, audios, processor):
+            from .data.conversation import IMAGE_PLACEHOLDER, USER, VIDEO_PLACEHOLDER, strip_around_placeholders
+            from .model.template import TemplateError, place_media
+            from .video.clip import buffer_stream, plan_clip
+
+            self._validate_input(processor, images, videos, audios)
+            videos[:] = [buffer_stream(video) for video in videos]
+            plans = [plan_clip(video, _frame_sampling(processor)) for video in videos]
+            text = "".join(message["content"] for message in messages)
+            for mark, given in ((VIDEO_PLACEHOLDER, videos), (IMAGE_PLACEHOLDER, images)):
+                if text.count(mark) != len(given):
+                    raise TemplateError(f"{text.count(mark)} {mark} in the messages and {len(given)} given with them")
+            return [
+                {
+                    **message,
+                    "content": place_media(
+                        strip_around_placeholders(message["content"])
+                        if message["role"] == USER
+                        else message["content"],
+                        plans,
+                    ),
+                }
+                for message in messages
+            ]
+
+        def process_token_ids(self, input_ids, labels, images, videos, audios, tokenizer, processor):
+            from .model.template import count_image_tokens, expand_pads
+            from .video.clip import plan_clip
+
+            if not input_ids:
+                return input_ids, labels
+            image_tokens = [count_image_tokens(image, processor.image_processor) for image in images]
+            plans = [plan_clip(video, _frame_sampling(processor)) for video in videos]
+            return expand_pads(
+                input_ids, labels, image_tokens, plans, processor.image_token_id, processor.video_token_id
+            )
+
+        def get_mm_inputs(self, images, videos, audios, imglens, vidlens, audlens, batch_ids, processor):
+            import torch
+
+            from .model.template import token_type_ids, vision_inputs
+
+            self._validate_input(processor, images, videos, audios)
+            inputs = vision_inputs(images, videos, processor, _frame_sampling(processor))
+            types = [token_type_ids(torch.tensor(ids), processor).tolist() for ids in batch_ids]
+            return {**inputs, "mm_token_type_ids": types}
+
+    if TEMPLATE not in mm_plugin.PLUGINS:
+        mm_plugin.register_mm_plugin(TEMPLATE, Qwen3VLVideoPlugin)
+
+
+def _data_template(template: ModuleType) -> None:
+    """The templates, which render with the model's own chat template."""
+    from dataclasses import dataclass
+    from typing import ClassVar
+
+    @dataclass
+    class VideoTemplate(template.Template):
+        thinking: ClassVar[bool] = False
+
+        def encode_oneturn(self, tokenizer, messages, system=None, tools=None):
+            from .model.template import render
+
+            prompt = render(tokenizer, messages[:-1], system or self.default_system, tools, ask=True)
+            response = messages[-1]["content"] + "<|im_end|>\n"
+            return tuple(tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, response))
+
+        def encode_multiturn(self, tokenizer, messages, system=None, tools=None, discarding_history_cot=False):
+            from .model.template import IGNORE_INDEX, encode_text, render
+
+            text = render(tokenizer, messages, system or self.default_system, tools, ask=False)
+            ids, labels = encode_text(tokenizer, text, self.thinking)
+            pairs: list[tuple[list[int], list[int]]] = []
+            for token, label in zip(ids, labels, strict=True):
+                said = label != IGNORE_INDEX
+                if not pairs or (not said and pairs[-1][1]):
+                    pairs.append(([], []))
+                pairs[-1][said].append(token)
+            return pairs
+
+        def fix_jinja_template(self, tokenizer) -> None:
+            from .model.template import check_chat_template
+
+            check_chat_template(tokenizer, self.thinking)
+
+    class ThinkingVideoTemplate(VideoTemplate):
+        thinking: ClassVar[bool] = True
+
+    stock = template.TEMPLATES["qwen3_vl"]
+    plugin = template.get_mm_plugin(name=TEMPLATE, image_token="<|image_pad|>", video_token="<|video_pad|>")
+    for name, cls in ((TEMPLATE, VideoTemplate), (THINKING_TEMPLATE, ThinkingVideoTemplate)):
+        if name not in template.TEMPLATES:
+            template.register_template(
+                name=name,
+                format_user=stock.format_user,
+                format_assistant=stock.format_assistant,
+                format_system=stock.format_system,
+                format_function=stock.format_function,
+                format_observation=stock.format_observation,
+                format_tools=stock.format_tools,
+                stop_words=["<|im_end|>"],
+                replace_eos=True,
+                mm_plugin=plugin,
+                template_class=cls,
+            )
+
+
+def _data_collator(collator: ModuleType) -> None:
+    """Token types at the width of the padded batch: the stock collator pads them less far than input_ids."""
+    from dataclasses import dataclass
+
+    stock = collator.SFTDataCollatorWith4DAttentionMask
+
+    @dataclass
+    class SFTDataCollatorWith4DAttentionMask(stock):
+        def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+            batch = super().__call__(features)
+            if hasattr(self.template, "thinking"):
+                from .model.template import token_type_ids
+
+                batch["mm_token_type_ids"] = token_type_ids(batch["input_ids"], self.processor)
+            return batch
+
+    _replace(collator, "SFTDataCollatorWith4DAttentionMask", SFTDataCollatorWith4DAttentionMask)
+
+
+# --- Model and optimizer ---------------------------------------------------------------------------------------------
+
+
+def _model_patcher(patcher: ModuleType) -> None:
+    """Sampling settings go onto the processor, where LLaMA-Factory's own go."""
+    stock = patcher.patch_processor
+
+    def patch_processor(processor: Any, tokenizer: Any, model_args: Any) -> None:
+        stock(processor, tokenizer, model_args)
+        if type(processor).__name__ == "Qwen3VLProcessor" and hasattr(model_args, "given_video_keys"):
+            from .arguments import apply_to_processor
+
+            if not tokenizer.chat_template:
+                tokenizer.chat_template = processor.chat_template
+            processor.frame_sampling = apply_to_processor(
+                model_args.video_sampling, model_args.given_video_keys, processor
+            )
+
+    _replace(patcher, "patch_processor", patch_processor)
+
+
+def _model_visual(visual: ModuleType) -> None:
+    """The projector is all that is named merger, as in the official trainer; stock counts deepstack as vision."""
+    model = visual.COMPOSITE_MODELS["qwen3_vl"]
+    model.projector_keys = ["visual.merger", "visual.deepstack_merger_list"]
+    model.vision_model_keys = ["visual.pos_embed", "visual.patch_embed", "visual.blocks"]
+
+
+def _train_optimizer(trainer_utils: ModuleType) -> None:
+    """Learning rates by module."""
+    stock = trainer_utils.create_custom_optimizer
+
+    def create_custom_optimizer(model: Any, training_args: Any, finetuning_args: Any) -> Any:
+        custom = stock(model, training_args, finetuning_args)
+        vision, projector = (getattr(finetuning_args, key, None) for key in ("vision_tower_lr", "mm_projector_lr"))
+        if vision is None and projector is None:
+            return custom
+        if custom is not None:
+            raise ValueError(
+                f"vision_tower_lr and mm_projector_lr do not work with {type(custom).__name__}, which makes its own "
+                "groups of parameters; remove them, or the key that asks for that optimizer"
+            )
+        from transformers import Trainer
+
+        from .train.optimizer import describe_groups, parameter_groups
+
+        rate = training_args.learning_rate
+        rates = {
+            "vision_tower": rate if vision is None else vision,
+            "mm_projector": rate if projector is None else projector,
+            "language_model": rate,
+        }
+        decay = Trainer.get_decay_parameter_names(None, model)
+        groups = parameter_groups(model.named_parameters(), decay, rates, training_args.weight_decay)
+        trainer_utils.logger.info_rank0(describe_groups(groups))
+        optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(training_args, model)
+        if {"params", "model", "optimizer_dict"} & options.keys():
+            raise ValueError(f"vision_tower_lr and mm_projector_lr do not work with optim: {training_args.optim}")
+        return optimizer_class(groups, **options)
+
+    _replace(trainer_utils, "create_custom_optimizer", create_custom_optimizer)
+
+
+# --- Chat ------------------------------------------------------------------------------------------------------------
+
+
+def _chat_model(chat_model: ModuleType) -> None:
+    """`<video>path</video>` in a line typed into `llamafactory-cli chat`; in no server, where it would read files."""
+    run = chat_model.run_chat
+
+    def run_chat() -> None:
+        stream = chat_model.ChatModel.stream_chat
+
+        def stream_chat(self: Any, messages: list[dict[str, str]], *args: Any, **kwargs: Any) -> Any:
+            from .data.conversation import take_inline_videos
+
+            try:
+                messages, videos = take_inline_videos(messages)
+                if videos:
+                    kwargs["videos"] = videos
+                yield from stream(self, messages, *args, **kwargs)
+            except ValueError as error:
+                yield f"[error: {error}; type `clear` to begin again]"
+
+        chat_model.ChatModel.stream_chat = stream_chat
+        print("Show a clip with <video>path/to/clip.mp4</video> in your message.")
+        run()
+
+    _replace(chat_model, "run_chat", run_chat)
+
+
+# --- The table -------------------------------------------------------------------------------------------------------
+
+# module -> (names needed there, each with the parameters that are used; what is installed once it is imported)
+TABLE: dict[str, tuple[dict[str, str], Callable[[ModuleType], None]]] = {
+    "llamafactory.hparams.parser": (
+        {
+            "_TRAIN_ARGS": "",
+            "_INFER_ARGS": "",
+            "_parse_train_args": "args",
+            "_parse_infer_args": "args",
+            "ModelArguments": "",
+            "DataArguments": "",
+            "FinetuningArguments": "",
+        },
+        _hparams_parser,
+    ),
+    "llamafactory.data.converter": (
+        {"register_dataset_converter": "name dataset_converter", "DATASET_CONVERTERS": "", "DatasetConverter": ""},
+        _data_converter,
+    ),
+    "llamafactory.data.mm_plugin": (
+        {"register_mm_plugin": "name plugin_class", "PLUGINS": "", "BasePlugin": ""},
+        _data_mm_plugin,
+    ),
+    "llamafactory.data.template": (
+        {"register_template": "name mm_plugin template_class", "TEMPLATES": "", "Template": "", "get_mm_plugin": ""},
+        _data_template,
+    ),
+    "llamafactory.data.processor.supervised": ({"PackedSupervisedDatasetProcessor": ""}, _data_packing),
+    "llamafactory.data.collator": ({"SFTDataCollatorWith4DAttentionMask": ""}, _data_collator),
+    "llamafactory.data.loader": (
+        {
+            "_load_single_dataset": "dataset_attr model_args data_args training_args",
+            "_get_preprocessed_dataset": "dataset data_args training_args stage template tokenizer processor is_eval",
+            "logger": "",
+        },
+        _data_loader,
+    ),
+    "llamafactory.model.patcher": ({"patch_processor": "processor tokenizer model_args"}, _model_patcher),
+    "llamafactory.model.model_utils.visual": ({"COMPOSITE_MODELS": ""}, _model_visual),
+    "llamafactory.train.trainer_utils": (
+        {"create_custom_optimizer": "model training_args finetuning_args", "logger": ""},
+        _train_optimizer,
+    ),
+    "llamafactory.chat.chat_model": ({"run_chat": "", "ChatModel": ""}, _chat_model),
+}
+
+_installed: set[str] = set()
+_checked = False
+
+
+def _replace(module: ModuleType, name: str, new: Any) -> None:
+    """Set a name in its module and wherever else in LLaMA-Factory it was imported already."""
+    old = getattr(module, name)
+    setattr(module, name, new)
+    for other_name, other in list(sys.modules.items()):
+        if other_name.startswith("llamafactory.") and getattr(other, name, None) is old:
+            setattr(other, name, new)
+
+
+def _defined_names(source: str) -> dict[str, set[str] | None]:
+    """Names at the top level of a module's source; of functions with their parameters, else None."""
+    names: dict[str, set[str] | None] = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef):
+            names[node.name] = {argument.arg for argument in [*node.args.args, *node.args.kwonlyargs]}
+        elif isinstance(node, ast.ClassDef):
+            names[node.name] = None
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            names.update({alias.asname or alias.name: None for alias in node.names})
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names.update({target.id: None for target in targets if isinstance(target, ast.Name)})
+    return names
+
+
+def check_places(root: Path) -> None:
+    """Check that the package in folder `root` has every place of the table.
+
+    Raises:
+        UnsupportedLlamaFactory: naming the first missing place and the versions that work.
+    """
+    for module, (needed, _) in TABLE.items():
+        file = root.joinpath(*module.split(".")[1:]).with_suffix(".py")
+        found = _defined_names(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        for name, parameters in needed.items():
+            missing = name if name not in found else None
+            if missing is None and found[name] is not None:
+                missing = next((f"{name}({p}=…)" for p in parameters.split() if p not in found[name]), None)
+            if missing:
+                from importlib.metadata import version
+
+                raise UnsupportedLlamaFactory(
+                    f"llamafactory-video extends {module}.{missing}, which this LLaMA-Factory "
+                    f"({version('llamafactory')}, in {root}) does not have. It works with LLaMA-Factory "
+                    f"{SUPPORTED_VERSIONS}: pip install llamafactory=={SUPPORTED_VERSIONS}. To run LLaMA-Factory "
+                    f"without this plugin, set {DISABLE_VARIABLE}=1."
+                )
+
+
+def _install(module: ModuleType) -> None:
+    if module.__name__ not in _installed:
+        _installed.add(module.__name__)
+        TABLE[module.__name__][1](module)
+
+
+class _Finder:
+    """A meta path finder that lets the others find a module, and installs after the module has run."""
+
+    @staticmethod
+    def find_spec(name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if name not in TABLE:
+            return None
+        finders = (finder for finder in sys.meta_path if finder is not _Finder)
+        spec = next((s for finder in finders if (s := finder.find_spec(name, path, target)) is not None), None)
+        if spec is None or spec.loader is None:
+            return spec
+        global _checked
+        if not _checked:
+            check_places(Path(sys.modules["llamafactory"].__path__[0]))
+            _checked = True
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            _install(module)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+def is_disabled() -> bool:
+    return os.environ.get(DISABLE_VARIABLE, "").lower() in ("1", "true", "yes", "on")
+
+
+def watch() -> None:
+    """Wait for LLaMA-Factory's modules, unless the plugin is switched off."""
+    if not is_disabled() and _Finder not in sys.meta_path:
+        sys.meta_path.insert(0, _Finder)
+
+
+def install_now() -> None:
+    """Install into the modules imported so far, and wait for the rest."""
+    import llamafactory
+
+    if is_disabled():
+        return
+    check_places(Path(llamafactory.__path__[0]))
+    watch()
+    for name in TABLE:
+        if name in sys.modules:
+            _install(sys.modules[name])

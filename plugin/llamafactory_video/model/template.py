@@ -1,0 +1,246 @@
+"""A conversation -> token ids and labels; frames -> patches.
+
+The text is rendered by the model's own chat template and tokenized in one piece, so ids equal those of
+`Qwen3VLProcessor.apply_chat_template` by construction. Clips and images stand in it with one pad token for each
+time that the prompt names; `expand_pads` then repeats each as often as its FramePlan says, in ids, where a few
+thousand tokens cost microseconds.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..data.conversation import FUNCTION, IMAGE_PLACEHOLDER, TOOL, VIDEO_PLACEHOLDER
+from ..video.clip import plan_clip, read_clip
+from ..video.probe import ClipError, open_picture, picture_size
+from ..video.sampling import FramePlan, Sampling, SamplingError, smart_resize
+
+IGNORE_INDEX = -100
+VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
+IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
+ANSWER_START = "<|im_start|>assistant\n"
+THINKING_START = ANSWER_START + "<think>\n"
+
+
+class TemplateError(ValueError):
+    """A conversation, or a model, that the template cannot serve."""
+
+
+def count_image_tokens(image: Any, image_processor: Any) -> int:
+    """Visual tokens of an image; see `probe.open_picture` for what an image may be."""
+    height, width = picture_size(image)
+    factor = image_processor.patch_size * image_processor.merge_size
+    size = image_processor.size
+    try:
+        height, width = smart_resize(height, width, factor, size.shortest_edge, size.longest_edge)
+    except SamplingError as error:
+        raise ClipError(f"{image}: {error}") from error
+    return height * width // factor**2
+
+
+def place_media(text: str, plans: list[FramePlan]) -> str:
+    """The text with each placeholder replaced by its layout, with one pad for each image and each time of a clip.
+
+    Args:
+        plans: those of the clips still to come in the conversation; the ones shown here are taken from its front.
+    """
+    pieces = re.split(f"({IMAGE_PLACEHOLDER}|{VIDEO_PLACEHOLDER})", text)
+    for i, piece in enumerate(pieces):
+        if piece == IMAGE_PLACEHOLDER:
+            pieces[i] = f"{VISION_START}{IMAGE_PAD}{VISION_END}"
+        elif piece == VIDEO_PLACEHOLDER:
+            if not plans:
+                raise TemplateError("there are more <video> placeholders than clips")
+            times = plans.pop(0).timestamps
+            pieces[i] = "".join(f"<{time:.1f} seconds>{VISION_START}{VIDEO_PAD}{VISION_END}" for time in times)
+    return "".join(pieces)
+
+
+def expand_pads(
+    ids: list[int],
+    labels: list[int] | None,
+    image_tokens: Sequence[int],
+    plans: Sequence[FramePlan],
+    image_pad_id: int,
+    video_pad_id: int,
+) -> tuple[list[int], list[int] | None]:
+    """Repeat each pad token as often as there are visual tokens behind it.
+
+    Args:
+        ids, labels: with one pad for each image and each time of a clip, (n,).
+        image_tokens: visual tokens of each image, in order.
+        plans: of each clip, in order.
+
+    Returns:
+        ids and labels with all visual tokens, (m,).
+
+    Raises:
+        TemplateError: if ids hold another number of pads, as when a text spells one out.
+    """
+    tokens = np.asarray(ids)
+    repeats = np.ones(len(tokens), np.int64)
+    per_time = [plan.tokens_per_timestamp for plan in plans for _ in range(plan.grid[0])]
+    for name, pad_id, counts in ((IMAGE_PAD, image_pad_id, image_tokens), (VIDEO_PAD, video_pad_id, per_time)):
+        places = tokens == pad_id
+        if places.sum() != len(counts):
+            raise TemplateError(
+                f"the prompt holds {places.sum()} {name} where {len(counts)} belong; remove it from texts"
+            )
+        repeats[places] = counts
+    expanded = np.repeat(tokens, repeats).tolist()
+    return expanded, None if labels is None else np.repeat(np.asarray(labels), repeats).tolist()
+
+
+def chat_messages(messages: Sequence[dict[str, str]], system: str | None) -> list[dict[str, Any]]:
+    """LLaMA-Factory's messages in the form of `apply_chat_template`, with tool turns under their names there."""
+    chat: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    for message in messages:
+        role, content = str(message["role"]), message["content"]
+        if role == TOOL:
+            chat.append({"role": "tool", "content": content})
+        elif role == FUNCTION:
+            try:
+                calls = json.loads(content)
+                calls = [{"function": call} for call in (calls if isinstance(calls, list) else [calls])]
+                chat.append({"role": "assistant", "content": "", "tool_calls": calls})
+            except ValueError as error:
+                raise TemplateError(f"a function_call turn is not JSON: {content[:80]}") from error
+        else:
+            chat.append({"role": role, "content": content})
+    return chat
+
+
+def render(
+    tokenizer: Any, messages: Sequence[dict[str, str]], system: str | None, tools: str | None, ask: bool
+) -> str:
+    """The conversation as the model's chat template writes it.
+
+    Args:
+        messages: with `role` and `content`, in LLaMA-Factory's roles; media already placed.
+        tools: JSON text of a list of tools.
+        ask: end where the assistant begins to speak.
+    """
+    return tokenizer.apply_chat_template(
+        chat_messages(messages, system),
+        tools=json.loads(tools) if tools else None,
+        tokenize=False,
+        add_generation_prompt=ask,
+    )
+
+
+def check_chat_template(tokenizer: Any, thinking: bool) -> None:
+    """Raise TemplateError unless the model asks in the way that the template's name says."""
+    if not tokenizer.chat_template:
+        raise TemplateError("the model's folder has no chat template; copy chat_template.json from the original model")
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "?"}], tokenize=False, add_generation_prompt=True
+    )
+    if not asked.endswith(THINKING_START if thinking else ANSWER_START):
+        right = "qwen3_vl_video" if thinking else "qwen3_vl_video_thinking"
+        raise TemplateError(f"this model's chat template asks with {asked[-40:]!r}; is `template: {right}` meant?")
+
+
+def encode_text(tokenizer: Any, text: str, thinking: bool) -> tuple[list[int], list[int]]:
+    """Token ids of a rendered conversation, and labels on what the assistant says.
+
+    Labels cover each answer, its `<|im_end|>` and the newline after it, in every turn, as in the official trainer.
+    A token that begins before the answer and reaches into it (newlines merge) counts as said.
+
+    Returns:
+        ids and labels, (n,) each.
+    """
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    start = f"{re.escape(ANSWER_START)}(?:<think>\n)?" if thinking else re.escape(ANSWER_START)
+    spans = [match.span(1) for match in re.finditer(f"{start}(.*?<\\|im_end\\|>\n)", text, re.DOTALL)]
+    labels = [IGNORE_INDEX] * len(ids)
+    token = 0
+    for begin, end in spans:
+        while token < len(ids) and offsets[token][1] <= begin:
+            token += 1
+        while token < len(ids) and offsets[token][0] < end:
+            labels[token] = ids[token]
+            token += 1
+    return ids, labels
+
+
+def encode_conversation(
+    row: dict[str, Any],
+    tokenizer: Any,
+    processor: Any,
+    sampling: Sampling,
+    thinking: bool = False,
+    default_system: str = "",
+    generation: bool = False,
+) -> tuple[list[int], list[int]]:
+    """Token ids and labels of a row of `loader.FEATURES`.
+
+    Args:
+        generation: prompt ids alone, up to the last answer, and that answer's ids as labels.
+
+    Raises:
+        ClipError, TemplateError: if it cannot be shown.
+    """
+    plans = [plan_clip(video, sampling) for video in row["_videos"] or ()]
+    image_tokens = [count_image_tokens(image, processor.image_processor) for image in row["_images"] or ()]
+    to_place = list(plans)
+    messages = [
+        {"role": message["role"], "content": place_media(message["content"], to_place)}
+        for message in [*row["_prompt"], *row["_response"]]
+    ]
+    system, tools = row["_system"] or default_system, row["_tools"]
+    if generation:
+        prompt = render(tokenizer, messages[:-1], system, tools, ask=True)
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        labels = tokenizer(messages[-1]["content"] + "<|im_end|>\n", add_special_tokens=False)["input_ids"]
+        ids, _ = expand_pads(ids, None, image_tokens, plans, processor.image_token_id, processor.video_token_id)
+        return ids, labels
+    ids, labels = encode_text(tokenizer, render(tokenizer, messages, system, tools, ask=False), thinking)
+    return expand_pads(ids, labels, image_tokens, plans, processor.image_token_id, processor.video_token_id)
+
+
+def vision_inputs(
+    images: Sequence[Any], videos: Sequence[Any], processor: Any, sampling: Sampling
+) -> dict[str, torch.Tensor]:
+    """Patches of images and clips, as transformers' processors make them.
+
+    Returns:
+        For images `pixel_values` (patches, 3 * 2 * 16 * 16) float32 and `image_grid_thw` (images, 3); for clips
+        `pixel_values_videos` and `video_grid_thw`.
+    """
+    inputs: dict[str, torch.Tensor] = {}
+    if images:
+        pictures = [open_picture(image) for image in images]
+        inputs.update(processor.image_processor(images=pictures, return_tensors="pt"))
+    if videos:
+        patches, grids = [], []
+        for video in videos:
+            plan = plan_clip(video, sampling)
+            frames = torch.from_numpy(read_clip(video, plan)).permute(0, 3, 1, 2)
+            made = processor.video_processor(
+                videos=[frames], do_resize=False, do_sample_frames=False, input_data_format="channels_first"
+            )
+            if made["video_grid_thw"][0].tolist() != list(plan.grid):
+                raise ClipError(
+                    f"{video}: shows the grid {made['video_grid_thw'][0].tolist()}, told {list(plan.grid)}"
+                )
+            patches.append(made["pixel_values_videos"])
+            grids.append(made["video_grid_thw"])
+        inputs["pixel_values_videos"] = torch.cat(patches)
+        inputs["video_grid_thw"] = torch.cat(grids)
+    return inputs
+
+
+def token_type_ids(input_ids: torch.Tensor, processor: Any) -> torch.Tensor:
+    """1 at visual tokens of images, 2 at those of clips, else 0, as transformers' processor gives them.
+
+    The model needs them for its three-dimensional positions; without them `generate` silently counts text positions.
+    """
+    types = torch.zeros_like(input_ids)
+    types[input_ids == processor.image_token_id] = 1
+    types[input_ids == processor.video_token_id] = 2
+    return types

@@ -1,0 +1,98 @@
+"""A clip of a record -> its plan, and the planned frames: the only way to either, for training, chat and evaluation."""
+
+import io
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from ..data.conversation import Clip, decode_clip
+from .decode import decode_frames, resize_frame
+from .probe import ClipError, open_picture, picture_size, probe
+from .sampling import ClipInfo, FramePlan, Sampling, SamplingError, plan_frames, select_span
+
+
+def as_clip(video: Any) -> Clip:
+    """A clip from what LLaMA-Factory passes as a video.
+
+    Args:
+        video: text from `Clip.encode`, a path, a file object or bytes, or a list of frame pictures.
+    """
+    if isinstance(video, Clip):
+        return video
+    if isinstance(video, str):
+        return decode_clip(video)
+    if isinstance(video, list | tuple):
+        return Clip(frames=tuple(video))
+    return Clip(path=buffer_stream(video))
+
+
+def buffer_stream(video: Any) -> Any:
+    """Bytes, or a stream that can be read only once, as a file object that can be read again; the rest as it is."""
+    if isinstance(video, bytes):
+        return io.BytesIO(video)
+    if hasattr(video, "read") and not (hasattr(video, "seekable") and video.seekable()):
+        return io.BytesIO(video.read())
+    return video
+
+
+def plan_clip(video: Any, sampling: Sampling) -> FramePlan:
+    """What is shown of a clip. Frame numbers count in the whole file, times from the start of the clip.
+
+    Args:
+        video: anything that `as_clip` takes.
+        sampling: the recipe's; the clip's own settings override it.
+
+    Raises:
+        ClipError: naming the clip, if it cannot be read or shown.
+    """
+    clip = as_clip(video)
+    try:
+        sampling = sampling.override(
+            fps=clip.fps,
+            min_frames=clip.min_frames,
+            max_frames=clip.max_frames,
+            min_pixels=clip.min_pixels,
+            max_pixels=clip.max_pixels,
+        )
+        info = _frames_info(clip, sampling.fps) if clip.frames else probe(clip.path)
+        if clip.start is None and clip.end is None:
+            return plan_frames(info, sampling)
+        times = info.times or [i / info.fps for i in range(info.num_frames)]
+        span = select_span(times, clip.start, clip.end)
+        span_times = tuple(time - times[span.start] for time in times[span.start : span.stop])
+        cut = replace(info, num_frames=len(span), duration=len(span) / info.fps, times=span_times)
+        plan = plan_frames(cut, sampling)
+        return replace(plan, indices=tuple(i + span.start for i in plan.indices))
+    except (SamplingError, ClipError) as error:
+        raise ClipError(f"{clip}: {error}") from error
+
+
+def read_clip(video: Any, plan: FramePlan) -> np.ndarray:
+    """The planned frames, (T, plan.height, plan.width, 3) uint8.
+
+    Raises:
+        ClipError: naming the clip, if it cannot be decoded.
+    """
+    clip = as_clip(video)
+    try:
+        if not clip.frames:
+            return decode_frames(clip.path, plan)
+        return np.stack([resize_frame(np.asarray(open_picture(clip.frames[i])), plan) for i in plan.indices])
+    except ClipError as error:
+        raise ClipError(f"{clip}: {error}") from error
+
+
+def _frames_info(clip: Clip, default_rate: float) -> ClipInfo:
+    sizes = {picture_size(frame) for frame in clip.frames}
+    if len(sizes) > 1:
+        raise ClipError(f"frames differ in size, {sorted(sizes)} (h, w); they must be alike")
+    height, width = sizes.pop()
+    count = len(clip.frames)
+    if clip.times:
+        times = tuple(time - clip.times[0] for time in clip.times)
+        rate = (count - 1) / times[-1] if count > 1 else default_rate
+        return ClipInfo(count, rate, count / rate, height, width, times)
+    # LLaMA-Factory takes a list without a rate to be sampled already, at video_fps.
+    rate = clip.frame_rate or default_rate
+    return ClipInfo(count, rate, count / rate, height, width)
