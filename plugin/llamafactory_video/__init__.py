@@ -1,18 +1,51 @@
 """Fine-tune Qwen3-VL on video conversations with LLaMA-Factory.
 
 Installed is enough: PyTorch calls `_autoload` at the end of every `import torch` (entry point group
-`torch.backends`), in whatever process, and the plugin waits there for LLaMA-Factory to be imported. In a notebook
-that imported LLaMA-Factory first, `llamafactory_video.register()` does the same at once.
+`torch.backends`), in whatever process, and the finder below waits there for LLaMA-Factory's modules; hooks.py is
+imported with the first of them. In a notebook that imported LLaMA-Factory before, `register()` does the same at once.
+
+The finder is a few lines of our own because importing wrapt, which has the same, costs most of the 5 ms that
+`import torch` may pay for us.
 """
+
+import os
+import sys
 
 __version__ = "0.1.0"
 
+DISABLE_VARIABLE = "LLAMAFACTORY_VIDEO_DISABLE"
+
+
+class _Finder:
+    """A meta path finder that lets the others find a module of LLaMA-Factory, and installs after it has run."""
+
+    @staticmethod
+    def find_spec(name, path, target=None):
+        if not name.startswith("llamafactory."):
+            return None
+        from . import hooks
+
+        if name not in hooks.TABLE:
+            return None
+        finders = (finder for finder in sys.meta_path if finder is not _Finder)
+        spec = next((spec for finder in finders if (spec := finder.find_spec(name, path, target))), None)
+        if spec is not None:
+            hooks.prepare()
+            execute = spec.loader.exec_module
+
+            def exec_module(module) -> None:
+                execute(module)
+                hooks.install(module)
+
+            spec.loader.exec_module = exec_module
+        return spec
+
 
 def _autoload() -> None:
-    """Entry point. Every `import torch` pays for this, so it imports nothing but the small file of hooks."""
-    from .hooks import watch
-
-    watch()
+    """Entry point. Every `import torch` pays for this."""
+    disabled = os.environ.get(DISABLE_VARIABLE, "").lower() in ("1", "true", "yes", "on")
+    if not disabled and _Finder not in sys.meta_path:
+        sys.meta_path.insert(0, _Finder)
 
 
 def register() -> None:
@@ -21,6 +54,12 @@ def register() -> None:
     Raises:
         UnsupportedLlamaFactory: if LLaMA-Factory lacks a place that the plugin extends.
     """
-    from .hooks import install_now
+    import llamafactory  # noqa: F401
 
-    install_now()
+    from . import hooks
+
+    hooks.prepare()
+    _autoload()
+    for name in hooks.TABLE:
+        if name in sys.modules:
+            hooks.install(sys.modules[name])

@@ -1,25 +1,22 @@
 """All contact with LLaMA-Factory: one table, module -> what is needed there and what is installed there.
 
-LLaMA-Factory loads no plugins. `watch` puts a finder before Python's own that does nothing but wait for the modules
-of the table, and installs right after each has run, before others import names from it. It is a few lines of our own
-because importing wrapt, which has the same, costs most of the 5 ms that `import torch` may pay for us.
-
-Before the first installation the sources of all modules are checked for every place that is extended, so that a
-LLaMA-Factory that lacks one gives one clear error and never a half-installed plugin.
+LLaMA-Factory loads no plugins. `__init__.py` waits for its modules and calls `install` right after each has run, and
+before others import names from it. Before the first installation the sources of all modules are checked for every
+place that is extended, so a LLaMA-Factory that lacks one gives one clear error and no half-installed plugin.
 """
 
 import ast
-import importlib.machinery
-import os
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from . import DISABLE_VARIABLE
+
 TEMPLATE, THINKING_TEMPLATE, FORMATTING = "qwen3_vl_video", "qwen3_vl_video_thinking", "video_conversation"
 SUPPORTED_VERSIONS = "0.9.5"
-DISABLE_VARIABLE = "LLAMAFACTORY_VIDEO_DISABLE"
 
 
 class UnsupportedLlamaFactory(RuntimeError):
@@ -513,7 +510,6 @@ TABLE: dict[str, tuple[dict[str, str], Callable[[ModuleType], None]]] = {
 }
 
 _installed: set[str] = set()
-_checked = False
 
 
 def _replace(module: ModuleType, name: str, new: Any) -> None:
@@ -541,6 +537,7 @@ def _defined_names(source: str) -> dict[str, set[str] | None]:
     return names
 
 
+@functools.cache
 def check_places(root: Path) -> None:
     """Check that the package in folder `root` has every place of the table.
 
@@ -565,55 +562,13 @@ def check_places(root: Path) -> None:
                 )
 
 
-def _install(module: ModuleType) -> None:
+def prepare() -> None:
+    """Check, before LLaMA-Factory's first module runs, that every place of the table is there."""
+    check_places(Path(sys.modules["llamafactory"].__path__[0]))
+
+
+def install(module: ModuleType) -> None:
+    """Install into a module of the table that has just been imported; the second time nothing is done."""
     if module.__name__ not in _installed:
         _installed.add(module.__name__)
         TABLE[module.__name__][1](module)
-
-
-class _Finder:
-    """A meta path finder that lets the others find a module, and installs after the module has run."""
-
-    @staticmethod
-    def find_spec(name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        if name not in TABLE:
-            return None
-        finders = (finder for finder in sys.meta_path if finder is not _Finder)
-        spec = next((s for finder in finders if (s := finder.find_spec(name, path, target)) is not None), None)
-        if spec is None or spec.loader is None:
-            return spec
-        global _checked
-        if not _checked:
-            check_places(Path(sys.modules["llamafactory"].__path__[0]))
-            _checked = True
-        execute = spec.loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            execute(module)
-            _install(module)
-
-        spec.loader.exec_module = exec_module
-        return spec
-
-
-def is_disabled() -> bool:
-    return os.environ.get(DISABLE_VARIABLE, "").lower() in ("1", "true", "yes", "on")
-
-
-def watch() -> None:
-    """Wait for LLaMA-Factory's modules, unless the plugin is switched off."""
-    if not is_disabled() and _Finder not in sys.meta_path:
-        sys.meta_path.insert(0, _Finder)
-
-
-def install_now() -> None:
-    """Install into the modules imported so far, and wait for the rest."""
-    import llamafactory
-
-    if is_disabled():
-        return
-    check_places(Path(llamafactory.__path__[0]))
-    watch()
-    for name in TABLE:
-        if name in sys.modules:
-            _install(sys.modules[name])

