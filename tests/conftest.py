@@ -9,9 +9,8 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 import av
 import numpy as np
 import pytest
-from transformers import AutoProcessor
-
 from llamafactory_video.demo.tiny_model import build_processor
+from transformers import AutoProcessor
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -19,7 +18,9 @@ SHARED = Path(__file__).parents[2] / "shared"
 def write_clip(path: Path, frames: int = 12, fps: float = 6, size: tuple[int, int] = (64, 96), seed: int = 0) -> Path:
     """A real H.264 file of coloured noise that moves; `size` is (height, width)."""
     random = np.random.default_rng(seed)
-    picture = np.kron(random.integers(0, 256, (size[0] // 16, size[1] // 16, 3)), np.ones((16, 16, 1))).astype(np.uint8)
+    picture = np.kron(random.integers(0, 256, (size[0] // 16, size[1] // 16, 3)), np.ones((16, 16, 1))).astype(
+        np.uint8
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=int(fps), options={"crf": "18", "threads": "1"})

@@ -3,9 +3,8 @@
 from pathlib import Path
 
 import pytest
-from transformers import AutoProcessor, AutoTokenizer
-
 from llamafactory_video.demo import tiny_model
+from transformers import AutoProcessor
 
 QWEN3VL = Path(__file__).parents[2] / "shared" / "qwen3vl"
 

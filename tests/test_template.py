@@ -7,10 +7,6 @@ import torch
 from conftest import decode_all, real_clips, write_clip
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
-from transformers import AutoProcessor
-from transformers.image_utils import SizeDict
-
 from llamafactory_video.arguments import apply_to_processor
 from llamafactory_video.data.conversation import parse_record
 from llamafactory_video.data.loader import to_row
@@ -24,8 +20,17 @@ from llamafactory_video.model.template import (
     vision_inputs,
 )
 from llamafactory_video.video.probe import probe
+from PIL import Image
+from transformers import AutoProcessor
+from transformers.image_utils import SizeDict
 
-KEYS = {"video_fps": 4.0, "video_min_frames": 4, "video_maxlen": 8, "video_min_pixels": 8192, "video_max_pixels": 65536}
+KEYS = {
+    "video_fps": 4.0,
+    "video_min_frames": 4,
+    "video_maxlen": 8,
+    "video_min_pixels": 8192,
+    "video_max_pixels": 65536,
+}
 
 
 def reference_processor(processor):
@@ -170,7 +175,9 @@ TEXT = st.text(st.characters(codec="utf-8", exclude_characters="<>", exclude_cat
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=4), st.none() | TEXT, st.booleans())
 def test_any_text_conversation_equals_apply_chat_template(processor, turns, system, use_tools):
-    tools = [{"type": "function", "function": {"name": "seek", "parameters": {"type": "object"}}}] if use_tools else None
+    tools = (
+        [{"type": "function", "function": {"name": "seek", "parameters": {"type": "object"}}}] if use_tools else None
+    )
     messages = [{"role": "system", "content": system}] if system else []
     for human, gpt in turns:
         # As items in a list, texts are taken as they are; as plain strings, human turns are stripped.
@@ -206,7 +213,10 @@ def test_real_clips_are_what_transformers_makes(path):
     if path is None:
         pytest.skip("the real clips (../shared/videos) are not present")
     processor = AutoProcessor.from_pretrained(path.parents[1] / "qwen3vl")
-    record = {"video": str(path), "conversations": [{"from": "human", "value": "<video>?"}, {"from": "gpt", "value": "."}]}
+    record = {
+        "video": str(path),
+        "conversations": [{"from": "human", "value": "<video>?"}, {"from": "gpt", "value": "."}],
+    }
     question = [{"type": "video", "video": "-"}, {"type": "text", "text": "?"}]
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": "."}]
     ids, _, pixels = our_inputs(processor, record)

@@ -61,10 +61,12 @@ class VideoModelKeys:
         for name, default in _LLAMAFACTORY_DEFAULTS.items():
             if getattr(self, name) is None:
                 setattr(self, name, default)
-        for kind in ("video", "image"):
-            if f"{kind}_max_pixels" not in self.given_video_keys:
-                least = getattr(self, f"{kind}_min_pixels")
-                setattr(self, f"{kind}_max_pixels", max(least, getattr(self, f"{kind}_max_pixels")))
+        for kind in ("video", "image"):  # a default must not contradict what was given
+            least, most = f"{kind}_min_pixels", f"{kind}_max_pixels"
+            if most not in self.given_video_keys:
+                setattr(self, most, max(getattr(self, least), getattr(self, most)))
+            elif least not in self.given_video_keys:
+                setattr(self, least, min(getattr(self, least), getattr(self, most)))
 
 
 @dataclass

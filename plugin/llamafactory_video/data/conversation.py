@@ -424,9 +424,8 @@ class _RecordParser:
             field = name if value is not values else f"{name}[{i}]"
             found.append(self.clip(item, field) if kind == "video" else self.media_path(item, field, "picture"))
         if len(found) != counted:
-            self.wrong(
-                name, f"{len(found)} {kind}(s) and {counted} {mark} in the turns", f"needed: one {mark} for each"
-            )
+            counts = f"{len(found)} {kind}(s) and {counted} {mark} in the turns"
+            self.wrong(name, counts, f"one {mark} is needed for each")
         return found
 
     def parse(self, record: Any) -> Conversation:

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-MODULES = ("vision_tower", "mm_projector", "language_model")
+# In the order of the groups; the first is the one whose rate the Trainer logs as learning_rate.
+MODULES = ("language_model", "vision_tower", "mm_projector")
 
 
 def module_of(name: str) -> str:

@@ -1,0 +1,225 @@
+"""The record format: what is read of right records, and what is said of wrong ones."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from llamafactory_video.data.conversation import (
+    JSON_DECODER,
+    Clip,
+    decode_clip,
+    json_text,
+    parse_record,
+    take_inline_videos,
+)
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda values: st.lists(values) | st.dictionaries(st.text(), values),
+    max_leaves=20,
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(JSON_VALUES, st.none() | st.integers(1, 4))
+def test_json_text_is_pythons_with_the_authors_characters(value, indent):
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    assert json_text(JSON_DECODER.decode(text), indent) == text
+
+
+@pytest.mark.parametrize(
+    "number", ["1.0", "1e3", "0.10", "-0", "12345678901234567890123", "1E+2", "3.14159265358979323846"]
+)
+def test_numbers_stay_as_written(number):
+    assert (
+        json_text(JSON_DECODER.decode(f'{{"b": {number}, "a": [{number}]}}')) == f'{{"b": {number}, "a": [{number}]}}'
+    )
+
+
+def parse(record, **kwargs):
+    text = record if isinstance(record, str) else json.dumps(record, ensure_ascii=False)
+    missing = kwargs.pop("missing", "missing")
+    return parse_record(
+        JSON_DECODER.decode(text), lambda path: None if missing in path else f"/media/{path}", **kwargs
+    )
+
+
+def turns(*texts):
+    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+
+
+def good(record, **kwargs):
+    conversation, problems = parse(record, **kwargs)
+    assert not problems, [str(problem) for problem in problems]
+    return conversation
+
+
+def complaints(record):
+    _, problems = parse(record)
+    return [str(problem) for problem in problems]
+
+
+def test_the_usual_record():
+    answer = {"video_description": "……", "tags": ["游戏直播", "王者荣耀", "凯"]}
+    conversation = good(
+        {"video": "wzry/4/1.mp4", "conversations": turns("<video>\n描述这个视频并进行打标,使用json输出标签", answer)}
+    )
+    assert conversation.messages == [
+        ("user", "<video>描述这个视频并进行打标,使用json输出标签"),
+        ("assistant", '{"video_description": "……", "tags": ["游戏直播", "王者荣耀", "凯"]}'),
+    ]
+    assert conversation.videos == [Clip(path="/media/wzry/4/1.mp4")]
+    record = {"video": "a.mp4", "conversations": turns("<video>", answer)}
+    assert good(record, indent=2).messages[1][1] == json.dumps(answer, ensure_ascii=False, indent=2)
+
+
+@pytest.mark.parametrize("answer", ["文字", {"a": None}, ["凯", 1.50], 7, True, False, {}])
+def test_any_json_value_is_an_answer(answer):
+    expected = answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)
+    assert good({"conversations": turns("问", answer)}).messages[1][1] == expected
+
+
+def test_two_spellings_give_one_conversation():
+    ours = good(
+        {
+            "video": ["a.mp4", "b.mp4"],
+            "image": "c.png",
+            "conversations": [
+                {"from": "system", "value": "规则"},
+                *turns("<video><image>甲", "乙", "<video>丙", "丁"),
+            ],
+        }
+    )
+    openai = good(
+        {
+            "messages": [
+                {"role": "system", "content": "规则"},
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "video", "video": "a.mp4"},
+                        {"type": "image_url", "image_url": {"url": "file://c.png"}},
+                        {"type": "text", "text": "甲"},
+                    ],
+                },
+                {"role": "assistant", "content": [{"type": "text", "text": "乙"}]},
+                {
+                    "role": "user",
+                    "content": [{"type": "video", "video": {"path": "b.mp4"}}, {"type": "text", "text": "丙"}],
+                },
+                {"role": "assistant", "content": "丁"},
+            ]
+        }
+    )
+    assert ours == openai
+
+
+def test_a_clip_with_settings_survives_its_encoding():
+    settings_ = {"path": "long.mp4", "start": 12.5, "end": 20, "fps": 8, "min_frames": 4, "max_frames": 64}
+    (clip,) = good({"video": settings_, "conversations": turns("<video>", "答")}).videos
+    assert clip == Clip("/media/long.mp4", start=12.5, end=20.0, fps=8.0, min_frames=4, max_frames=64)
+    assert decode_clip(clip.encode()) == clip
+    frames = {"frames": ["1.png", "2.png", "3.png"], "times": [0, 0.5, 2.25]}
+    (clip,) = good({"videos": [frames], "conversations": turns("<video>", "答")}).videos
+    assert clip.times == (0.0, 0.5, 2.25)
+    assert decode_clip(clip.encode()) == clip
+    (clip,) = good({"videos": [["1.png", "2.png"]], "conversations": turns("<video>", "答")}).videos
+    assert clip.frames == ("/media/1.png", "/media/2.png")
+    for odd in (Clip(path="{odd}.mp4"), Clip(path="视频.mp4")):
+        assert decode_clip(odd.encode()) == odd
+
+
+WRONG = {
+    "no turns": ({}, "conversations: missing; a list of turns"),
+    "turns are text": ({"conversations": "问"}, 'conversations: "问"; a list of turns'),
+    "unknown role": ({"conversations": [{"from": "bot", "value": "x"}]}, 'conversations[0].from: unknown role "bot"'),
+    "no role": ({"conversations": [{"value": "x"}]}, "conversations[0].from: missing"),
+    "gpt first": ({"conversations": turns("问", "答")[::-1]}, "conversations[0]: gpt turn first; turns go"),
+    "two humans": ({"conversations": [turns("问")[0]] * 2}, "conversations[1]: human turn after human turn"),
+    "no answer": ({"conversations": turns("问", "答", "再问")}, "conversations[2]: ends with a human turn; the last"),
+    "empty answer": ({"conversations": turns("问", " ")}, "conversations[1].value: empty; a text is needed"),
+    "null answer": ({"conversations": turns("问", None)}, "conversations[1].value: null; a text is needed"),
+    "missing clip": (
+        {"video": "missing.mp4", "conversations": turns("<video>", "答")},
+        'video: no file "missing.mp4"; give a path relative to media_dir',
+    ),
+    "no placeholder": (
+        {"video": "a.mp4", "conversations": turns("问", "答")},
+        "video: 1 video(s) and 0 <video> in the turns; one <video> is needed for each",
+    ),
+    "no clip": ({"conversations": turns("<video>", "答")}, "video: 0 video(s) and 1 <video> in the turns"),
+    "placeholder in answer": (
+        {"video": "a.mp4", "conversations": turns("<video>", "看<video>")},
+        "conversations[1].value: a placeholder in a gpt turn; clips and images are shown in human turns",
+    ),
+    "layout token": (
+        {"conversations": turns("<|video_pad|>", "答")},
+        "conversations[0].value: holds <|video_pad|>; this token lays out the prompt",
+    ),
+    "both names": (
+        {"video": "a.mp4", "videos": ["a.mp4"], "conversations": turns("<video>", "答")},
+        "videos: stands beside video; keep one of the two",
+    ),
+    "address": (
+        {"video": "https://x/a.mp4", "conversations": turns("<video>", "答")},
+        'video: "https://x/a.mp4"; addresses are not fetched',
+    ),
+    "start after end": (
+        {"video": {"path": "a.mp4", "start": 5, "end": 4}, "conversations": turns("<video>", "答")},
+        "video.end: 4; it must be after start, 5 s",
+    ),
+    "unknown setting": (
+        {"video": {"path": "a.mp4", "frame": 4}, "conversations": turns("<video>", "答")},
+        "video.frame: unknown setting; known are path, frames",
+    ),
+    "falling times": (
+        {"video": {"frames": ["1.png", "2.png"], "times": [1, 0]}, "conversations": turns("<video>", "答")},
+        "video.times: [1, 0]; times must increase",
+    ),
+    "number of frames": (
+        {"video": {"path": "a.mp4", "max_frames": 2.5}, "conversations": turns("<video>", "答")},
+        "video.max_frames: 2.5; a whole number is needed",
+    ),
+    "two systems": (
+        {"system": "甲", "conversations": [{"from": "system", "value": "乙"}, *turns("问", "答")]},
+        "system: stands beside a system turn",
+    ),
+    "system later": (
+        {"conversations": [*turns("问", "答"), {"from": "system", "value": "乙"}, *turns("问", "答")]},
+        "conversations[2]: system turn after gpt turn",
+    ),
+    "not an object": ("7", "record: 7; a JSON object is needed"),
+    "unknown item": (
+        {"messages": [{"role": "user", "content": [{"type": "audio"}]}, {"role": "assistant", "content": "答"}]},
+        'messages[0].content[0]: {"type": "audio"}; an item',
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_records_say_what_is_wrong_and_what_would_be_right(name):
+    record, expected = WRONG[name]
+    assert any(line.startswith(expected) for line in complaints(record)), complaints(record)
+
+
+def test_all_problems_of_a_record_are_listed():
+    record = {"video": ["missing1.mp4", "missing2.mp4"], "conversations": turns("<video>", "")}
+    assert len(complaints(record)) == 4
+
+
+def test_keys_that_stand_twice_are_refused():
+    with pytest.raises(ValueError, match='the key "a" stands twice'):
+        JSON_DECODER.decode('{"a": 1, "a": 2}')
+    with pytest.raises(ValueError, match="NaN is not JSON"):
+        JSON_DECODER.decode("[NaN]")
+
+
+def test_clips_typed_into_chat():
+    messages = [
+        {"role": "user", "content": "<video>a b.mp4</video> 描述"},
+        {"role": "assistant", "content": "<video>x</video>"},
+    ]
+    taken, videos = take_inline_videos(messages)
+    assert videos == ["a b.mp4"]
+    assert taken == [{"role": "user", "content": "<video> 描述"}, messages[1]]

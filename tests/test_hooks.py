@@ -1,0 +1,282 @@
+"""The plugin inside LLaMA-Factory: loading, switching off, and its data path."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import write_clip
+from llamafactory_video import hooks
+from llamafactory_video.demo.tiny_model import save_tiny_model
+
+PACKAGE = Path(importlib.util.find_spec("llamafactory").submodule_search_locations[0])
+
+
+def python(code: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env})
+
+
+def test_importing_torch_costs_next_to_nothing():
+    """What the entry point adds to `import torch`: a compiled import and one list insertion, best of five."""
+    code = """
+import torch, sys, time
+times = []
+for _ in range(5):
+    for name in [n for n in sys.modules if n.startswith("llamafactory_video")]:
+        del sys.modules[name]
+    start = time.perf_counter()
+    from llamafactory_video import _autoload
+    _autoload()
+    times.append(time.perf_counter() - start)
+assert not any(n.startswith(("llamafactory.", "llamafactory_video.")) for n in sys.modules)
+print(min(times))
+"""
+    assert float(python(code).stdout) < 0.005
+
+
+def test_loading_and_switching_off():
+    code = """
+import torch
+from llamafactory.data.template import TEMPLATES
+print("qwen3_vl_video" in TEMPLATES, "qwen3_vl_video_thinking" in TEMPLATES)
+"""
+    assert python(code).stdout.strip() == "True True"
+    assert python(code, LLAMAFACTORY_VIDEO_DISABLE="1").stdout.strip() == "False False"
+
+
+def test_register_after_llamafactory_was_imported():
+    """As in a notebook: names that other modules have imported already are replaced there too."""
+    code = """
+import llamafactory.train.tuner, llamafactory.chat.chat_model
+from llamafactory.data.template import TEMPLATES
+assert "qwen3_vl_video" not in TEMPLATES
+import os; del os.environ["LLAMAFACTORY_VIDEO_DISABLE"]
+import llamafactory_video
+llamafactory_video.register(); llamafactory_video.register()
+assert "qwen3_vl_video" in TEMPLATES
+from llamafactory_video import hooks
+import llamafactory.train.sft.workflow as workflow, llamafactory.model.loader as loader
+import llamafactory.train.sft.trainer as trainer, llamafactory.data.loader as data
+ours = [workflow.SFTDataCollatorWith4DAttentionMask, loader.patch_processor, trainer.create_custom_optimizer,
+        data._load_single_dataset, data.PackedSupervisedDatasetProcessor]
+assert {f.__module__ for f in ours} == {"llamafactory_video.hooks"}, ours
+assert set(hooks.TABLE) <= hooks._installed
+print("done")
+"""
+    run = python(code, LLAMAFACTORY_VIDEO_DISABLE="1")
+    assert run.stdout.strip().endswith("done"), run.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "named"),
+    [
+        ("train/trainer_utils.py", "def create_custom_optimizer", "def make_optimizer", "create_custom_optimizer"),
+        ("data/loader.py", "dataset_attr", "attributes", r"_load_single_dataset\(dataset_attr=…\)"),
+        ("chat/chat_model.py", None, None, "chat_model.run_chat"),
+    ],
+)
+def test_a_missing_place_is_named_before_anything_is_installed(tmp_path, file, old, new, named):
+    copy = shutil.copytree(PACKAGE, tmp_path / "llamafactory", ignore=shutil.ignore_patterns("v1", "__pycache__"))
+    if old:
+        text = (copy / file).read_text(encoding="utf-8")
+        (copy / file).write_text(text.replace(old, new), encoding="utf-8")
+    else:
+        (copy / file).unlink()
+    with pytest.raises(hooks.UnsupportedLlamaFactory, match=named) as error:
+        hooks.check_places(copy)
+    assert "works with LLaMA-Factory 0.9.5" in str(error.value)
+    run = python("import torch, llamafactory.data.mm_plugin", PYTHONPATH=str(tmp_path))
+    assert run.returncode and "UnsupportedLlamaFactory" in run.stderr
+
+
+# --- The data path ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A model, clips, and data sets of several formats."""
+    folder = tmp_path_factory.mktemp("home")
+    save_tiny_model(folder / "model")
+    for i in range(3):
+        write_clip(folder / f"{i}.mp4", seed=i)
+    answers = [{"标签": ["凯"]}, {"分数": 1.50}, "文字", ["甲", {"乙": None}], {"标签": "x"}, {"深": {"更深": 1e3}}]
+    clips = [
+        {
+            "video": f"{i % 3}.mp4",
+            "conversations": [{"from": "human", "value": "<video>\n描述"}, {"from": "gpt", "value": answer}],
+        }
+        for i, answer in enumerate(answers)
+    ]
+    (folder / "clips.json").write_text(json.dumps(clips, ensure_ascii=False), encoding="utf-8")
+    alpaca = [{"instruction": f"问{i}", "input": "", "output": f"答{i}"} for i in range(4)]
+    (folder / "texts.json").write_text(json.dumps(alpaca, ensure_ascii=False), encoding="utf-8")
+    info = {
+        "clips": {"file_name": "clips.json", "formatting": "video_conversation"},
+        "few": {"file_name": "clips.json", "formatting": "video_conversation", "num_samples": 2},
+        "many": {"file_name": "clips.json", "formatting": "video_conversation", "num_samples": 9},
+        "texts": {"file_name": "texts.json"},
+    }
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    return folder
+
+
+def dataset(home, tmp_path, **keys):
+    from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
+    from llamafactory.hparams import get_train_args
+    from llamafactory.model import load_tokenizer
+
+    recipe = {
+        "model_name_or_path": str(home / "model"),
+        "template": "qwen3_vl_video",
+        "dataset": "clips",
+        "dataset_dir": str(home),
+        "output_dir": str(tmp_path / "out"),
+        "do_train": True,
+        "stage": "sft",
+        "video_sampling": "qwen_finetune",
+        "cache_dir": str(tmp_path / "cache"),
+        "report_to": "none",
+        **keys,
+    }
+    model_args, data_args, training_args, _, _ = get_train_args(recipe)
+    module = load_tokenizer(model_args)
+    template = get_template_and_fix_tokenizer(module["tokenizer"], data_args)
+    return get_dataset(template, model_args, data_args, training_args, stage="sft", **module), module, template
+
+
+def said(module, sample):
+    return module["tokenizer"].decode([label for label in sample["labels"] if label >= 0])
+
+
+def test_records_with_different_answers_stay_themselves(home, tmp_path):
+    data, module, _ = dataset(home, tmp_path)
+    samples = [data["train_dataset"][i] for i in range(6)]
+    assert [said(module, s) for s in samples] == [
+        '{"标签": ["凯"]}<|im_end|>\n',
+        '{"分数": 1.5}<|im_end|>\n',
+        "文字<|im_end|>\n",
+        '["甲", {"乙": null}]<|im_end|>\n',
+        '{"标签": "x"}<|im_end|>\n',
+        '{"深": {"更深": 1000.0}}<|im_end|>\n',
+    ]
+
+
+def test_the_batch_holds_a_feature_for_every_visual_token(home, tmp_path):
+    """Through LLaMA-Factory's collator, mixed with a text-only batch, which gets a hidden picture."""
+    from llamafactory.data import SFTDataCollatorWith4DAttentionMask
+    from transformers import AutoModelForImageTextToText
+
+    data, module, template = dataset(home, tmp_path, dataset="clips,texts")
+    model = AutoModelForImageTextToText.from_pretrained(home / "model")
+    collator = SFTDataCollatorWith4DAttentionMask(
+        template=template, model=model, pad_to_multiple_of=8, label_pad_token_id=-100, **module
+    )
+    train = data["train_dataset"]
+    assert len(train) == 10
+    for chosen in ([0, 1, 2], [5, 6], [7, 8]):
+        batch = collator([train[i] for i in chosen])
+        for kind, token in (
+            ("image", module["processor"].image_token_id),
+            ("video", module["processor"].video_token_id),
+        ):
+            grids = batch.get(f"{kind}_grid_thw")
+            features = 0 if grids is None else int(grids.prod(-1).sum()) // 4
+            assert features == int((batch["input_ids"] == token).sum())
+        assert batch["mm_token_type_ids"].shape == batch["input_ids"].shape
+        assert model(**batch).loss.isfinite()
+
+
+def test_settings_of_llamafactory_on_data(home, tmp_path):
+    def lengths(**keys):
+        data, _, _ = dataset(home, tmp_path, **keys)
+        return {name: len(part) for name, part in data.items()}
+
+    assert lengths(max_samples=3) == {"train_dataset": 3}
+    assert lengths(val_size=0.5) == {"train_dataset": 3, "eval_dataset": 3}
+    assert lengths(eval_dataset="clips", max_samples=4) == {"train_dataset": 4, "eval_dataset": 4}
+    assert lengths(dataset="few") == {"train_dataset": 2}
+    assert lengths(dataset="many") == {"train_dataset": 9}
+    assert lengths(preprocessing_num_workers=2, dataset="clips,texts") == {"train_dataset": 10}
+    assert lengths(mix_strategy="interleave_over", dataset="clips,texts")["train_dataset"] >= 10
+
+
+def test_streaming(home, tmp_path):
+    data, module, _ = dataset(home, tmp_path, streaming=True, max_steps=2, buffer_size=1)
+    samples = list(data["train_dataset"])
+    assert len(samples) == 6
+    assert said(module, samples[0]) == '{"标签": ["凯"]}<|im_end|>\n'
+
+
+def test_neat_packing_packs_what_we_encode(home, tmp_path):
+    alone, _, _ = dataset(home, tmp_path)
+    ids = [alone["train_dataset"][i]["input_ids"] for i in range(6)]
+    cutoff = sum(map(len, ids)) + 1
+    data, _, _ = dataset(home, tmp_path, neat_packing=True, cutoff_len=cutoff)
+    (packed,) = data["train_dataset"]
+    assert sorted(packed["input_ids"][: cutoff - 1]) == sorted(token for sample in ids for token in sample)
+
+
+def test_too_long_is_said_and_never_cut(home, tmp_path):
+    from llamafactory_video.data.loader import DatasetError
+
+    with pytest.raises(
+        DatasetError, match=r"clips.json, record 1: \d+ tokens, \d+ of them visual, are more than cutoff"
+    ):
+        dataset(home, tmp_path, cutoff_len=16)
+    with pytest.raises(DatasetError, match="more than cutoff"):
+        dataset(home, tmp_path, cutoff_len=16, neat_packing=True)
+
+
+def test_answers_in_lines(home, tmp_path):
+    data, module, _ = dataset(home, tmp_path, answer_json_indent=2)
+    assert said(module, data["train_dataset"][0]) == '{\n  "标签": [\n    "凯"\n  ]\n}<|im_end|>\n'
+
+
+def test_supervision_switches(home, tmp_path):
+    plain, module, _ = dataset(home, tmp_path)
+    prompt, _, _ = dataset(home, tmp_path, train_on_prompt=True)
+    plain, prompt = plain["train_dataset"][0], prompt["train_dataset"][0]
+    assert plain["input_ids"] == prompt["input_ids"]
+    text = [token for token in prompt["input_ids"] if token != module["processor"].video_token_id]
+    assert [label for label in prompt["labels"] if label >= 0] == text
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"packing": True}, "neat_packing: true"),
+        ({"tokenized_path": "x"}, "tokenized_path has no use"),
+        ({"template": "qwen3_vl"}, "video_sampling works with `template: qwen3_vl_video`"),
+        ({"video_max_frames": 8, "video_maxlen": 9}, "two names for one setting"),
+        ({"video_max_frames": 8, "video_min_frames": 9}, "video_min_frames is 9 and video_max_frames 8"),
+        ({"image_max_pixels": 100}, "image_min_pixels is 65536 and image_max_pixels 100"),
+        ({"template": "qwen3_vl_video_thinking"}, "is `template: qwen3_vl_video` meant"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(home, tmp_path, keys, message):
+    with pytest.raises(ValueError, match=message):
+        dataset(home, tmp_path, **keys)
+
+
+def test_llamafactorys_defaults_keep_their_meaning(home, tmp_path):
+    """Without video_sampling, keys mean what they mean in LLaMA-Factory: pixels of one frame, 128 frames at most."""
+    _, module, _ = dataset(home, tmp_path, video_sampling="llamafactory")
+    sampling = module["processor"].frame_sampling
+    assert (sampling.fps, sampling.max_frames, sampling.min_pixels, sampling.max_pixels) == (2.0, 128, 256, 65536)
+    _, module, _ = dataset(home, tmp_path, video_max_frames=32, video_min_pixels=401408)
+    sampling, video = module["processor"].frame_sampling, module["processor"].video_processor
+    assert (sampling.fps, sampling.min_frames, sampling.max_frames) == (2, 4, 32)
+    assert (video.size.shortest_edge, video.max_frames) == (401408, 32)
+
+
+def test_a_million_records_would_start_at_once(home, tmp_path):
+    """Nothing is tokenized ahead: the time to a first sample does not grow with the data set."""
+    data, _, _ = dataset(home, tmp_path)
+    start = time.perf_counter()
+    data["train_dataset"].select([0] * 1_000_000)[999_999]
+    assert time.perf_counter() - start < 2

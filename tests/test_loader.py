@@ -1,0 +1,137 @@
+"""Annotation files: reading, errors by place, the cache, and what LLaMA-Factory makes of the rows."""
+
+import json
+import os
+
+import pytest
+from llamafactory_video.data import loader
+from llamafactory_video.data.loader import DatasetError, load_conversations, read_records
+
+
+def record(i=0, answer=None):
+    turns = [{"from": "human", "value": "<video>\n描述"}, {"from": "gpt", "value": answer or {"标签": [f"凯{i}"]}}]
+    return {"video": "a.mp4", "conversations": turns}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "a.mp4").touch()
+    return tmp_path
+
+
+def load(folder, name="data.json", **kwargs):
+    return load_conversations(folder / name, str(folder), cache_dir=str(folder / "cache"), progress=False, **kwargs)
+
+
+def answers(dataset):
+    return [row["_response"][0]["content"] for row in dataset]
+
+
+@pytest.mark.parametrize("chunk", [3, 64, 1 << 22])
+@pytest.mark.parametrize("style", ["array", "indented", "lines", "byte order mark"])
+def test_files_are_read_in_any_chunks(folder, chunk, style, monkeypatch):
+    monkeypatch.setattr(loader, "_CHUNK", chunk)
+    records = [record(i, {"a": 1} if i % 2 else {"b": [1, {"深": "😀"}], "c": "]},"}) for i in range(20)]
+    text = json.dumps(records, ensure_ascii=False, indent=2 if style == "indented" else None)
+    if style == "lines":
+        text = "\n".join(json.dumps(r, ensure_ascii=False) for r in records) + "\n\n"
+    (folder / "data.json").write_text(text, encoding="utf-8-sig" if style == "byte order mark" else "utf-8")
+    read = list(read_records(folder / "data.json"))
+    assert [r.error for r in read] == [None] * 20
+    assert json.loads(json.dumps([r.value for r in read])) == records
+    if style == "indented":
+        lines = text.splitlines()
+        assert all(lines[r.line - 1] == "  {" for r in read)
+    # Records with different keys keep their own.
+    assert answers(load(folder))[:2] == ['{"b": [1, {"深": "😀"}], "c": "]},"}', '{"a": 1}']
+
+
+def test_a_folder_of_files(folder):
+    parts = folder / "parts"
+    parts.mkdir()
+    (parts / "2.jsonl").write_text(json.dumps(record(2)), encoding="utf-8")
+    (parts / "1.json").write_text(json.dumps([record(0), record(1)]), encoding="utf-8")
+    assert answers(load(folder, "parts")) == [f'{{"标签": ["凯{i}"]}}' for i in range(3)]
+
+
+BROKEN = {
+    "not JSON on a line": ('{"a": 1}\n{"a": }\n', "record 2 (line 2): record: not JSON: Expecting value"),
+    "cut off": ('[{"a": 1},\n {"a": ', "record 2 (line 2): record: not JSON: Expecting value"),
+    "no bracket": ('[{"a": 1}', "record 2 (line 1): record: expected , or ] and found the end of the file"),
+    "rest": ("[]\n[]", "record 1 (line 2): record: '[' after the end of the array"),
+    "comma": ('[{"a": 1},]', "record 2 (line 1): record: a comma before the closing bracket"),
+    "key twice": ('[{"a": 1, "a": 2}]', 'the key "a" stands twice in one object'),
+    "nan": ('{"a": NaN}', "NaN is not JSON"),
+    "surrogate": ('[{"a": "\\ud800"}]', "holds half a surrogate pair"),
+    "nothing": ("", "no records in it"),
+    "deep": ("[" * 100_000, "nested too deeply"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_files_are_named_with_their_place(folder, name):
+    text, expected = BROKEN[name]
+    (folder / "data.json").write_text(text)
+    with pytest.raises(DatasetError, match="data.json") as error:
+        load(folder)
+    assert expected in str(error.value)
+
+
+def test_another_encoding_is_named(folder):
+    (folder / "data.json").write_bytes(json.dumps([record()], ensure_ascii=False).encode("gbk"))
+    with pytest.raises(DatasetError, match="not UTF-8"):
+        load(folder)
+
+
+def test_wrong_records_stop_or_are_left_out_with_a_report(folder):
+    records = [record(i) for i in range(10)]
+    records[3]["video"] = "gone.mp4"
+    records[7]["conversations"][1]["value"] = ""
+    (folder / "data.json").write_text(json.dumps(records), encoding="utf-8")
+    with pytest.raises(DatasetError) as error:
+        load(folder, report_dir=folder / "out")
+    text = str(error.value)
+    assert "2 of 10 records are wrong" in text and "skip_wrong_records: true" in text
+    assert 'record 4 (line 1): video: no file "gone.mp4"' in text
+    assert "record 8 (line 1): conversations[1].value: empty" in text
+    assert len((folder / "out" / "wrong_records_data.txt").read_text().splitlines()) == 2
+
+    for _ in range(2):  # said every time, not only when the cache is cold
+        said = []
+        dataset = load(folder, skip_wrong=True, log=said.append)
+        assert len(dataset) == 8 and "凯3" not in str(answers(dataset))
+        assert "2 of 10 records are wrong and left out, 8 remain" in said[0] and "record 4" in said[0]
+
+
+def test_the_cache_is_used_and_never_stale(folder, monkeypatch):
+    file = folder / "data.json"
+    file.write_text(json.dumps([record(0)]), encoding="utf-8")
+    load(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(loader, "read_records", lambda file: pytest.fail("read again"))
+        assert len(load(folder)) == 1
+    assert answers(load(folder, indent=1)) == ['{\n "标签": [\n  "凯0"\n ]\n}']
+    file.write_text(json.dumps([record(1)]), encoding="utf-8")
+    os.utime(file, ns=(1, 1))
+    assert answers(load(folder)) == ['{"标签": ["凯1"]}']
+    (folder / "a.mp4").unlink()
+    with pytest.raises(DatasetError, match='no file "a.mp4"'):
+        load(folder)
+    assert not list((folder / "cache").rglob("*.tmp"))
+
+
+def test_llamafactorys_own_video_demo_format(folder):
+    """`videos` and `messages` with role and content, as in its mllm_video_demo.json."""
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "<video>Why is this video funny?"},
+                {"role": "assistant", "content": "Because a baby is reading."},
+            ],
+            "videos": ["a.mp4"],
+        }
+    ]
+    (folder / "data.json").write_text(json.dumps(rows))
+    (row,) = load(folder)
+    assert row["_videos"] == [str(folder / "a.mp4")]
+    assert row["_prompt"] == [{"content": "<video>Why is this video funny?", "role": "user"}]
