@@ -4,7 +4,9 @@ Each class is mixed into LLaMA-Factory's dataclass of the same kind (hooks.py), 
 `--help` and overridable on the command line as its own are.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from .video.sampling import Sampling, SamplingError
@@ -140,6 +142,17 @@ def resolve_sampling(dialect: str, given: dict[str, Any], video_processor: Any) 
         )
     except SamplingError as error:
         raise SamplingError(f"{error} (what the recipe does not give comes from the dialect {dialect})") from error
+
+
+def take_trained_processors(processor: Any, adapters: Sequence[str]) -> None:
+    """Sample as the last adapter was trained: its folder holds the processor files that the base model's lack."""
+    for folder in reversed(adapters):
+        if Path(folder, "processor_config.json").is_file():
+            from transformers import AutoProcessor
+
+            trained = AutoProcessor.from_pretrained(folder)
+            processor.video_processor, processor.image_processor = trained.video_processor, trained.image_processor
+            return
 
 
 def apply_to_processor(dialect: str, given: dict[str, Any], processor: Any) -> Sampling:

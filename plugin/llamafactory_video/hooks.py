@@ -381,7 +381,10 @@ def _model_patcher(patcher: ModuleType) -> None:
     def patch_processor(processor: Any, tokenizer: Any, model_args: Any) -> None:
         stock(processor, tokenizer, model_args)
         if type(processor).__name__ == "Qwen3VLProcessor" and hasattr(model_args, "given_video_keys"):
-            from .arguments import apply_to_processor
+            from .arguments import apply_to_processor, take_trained_processors
+
+            if model_args.video_sampling == "qwen_finetune":
+                take_trained_processors(processor, model_args.adapter_name_or_path or ())
 
             if not tokenizer.chat_template:
                 tokenizer.chat_template = processor.chat_template
@@ -397,6 +400,18 @@ def _model_visual(visual: ModuleType) -> None:
     model = visual.COMPOSITE_MODELS["qwen3_vl"]
     model.projector_keys = ["visual.merger", "visual.deepstack_merger_list"]
     model.vision_model_keys = ["visual.pos_embed", "visual.patch_embed", "visual.blocks"]
+
+
+def _sft_trainer(trainer: ModuleType) -> None:
+    """Predictions are saved beside prompts; ours are encoded when asked for, and are no column of the data set."""
+    stock = trainer.CustomSeq2SeqTrainer
+
+    class CustomSeq2SeqTrainer(stock):
+        def save_predictions(self, dataset: Any, predict_results: Any, skip_special_tokens: bool = True) -> None:
+            prompts = {"input_ids": [sample["input_ids"] for sample in dataset]}
+            super().save_predictions(prompts, predict_results, skip_special_tokens)
+
+    _replace(trainer, "CustomSeq2SeqTrainer", CustomSeq2SeqTrainer)
 
 
 def _train_optimizer(trainer_utils: ModuleType) -> None:
@@ -462,6 +477,37 @@ def _chat_model(chat_model: ModuleType) -> None:
     _replace(chat_model, "run_chat", run_chat)
 
 
+# --- For lmf-video ---------------------------------------------------------------------------------------------------
+
+
+def recipe_data(recipe: Path, overrides: list[str]) -> tuple[dict[str, Any], Any, int]:
+    """The data sets of a training recipe as training would see them, without its model's weights.
+
+    Args:
+        overrides: `key=value`, as for `llamafactory-cli`.
+
+    Returns:
+        Data sets by name, the encoder of their records, and cutoff_len.
+    """
+    import sys
+
+    from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
+    from llamafactory.hparams import get_train_args, read_args
+    from llamafactory.model import load_tokenizer
+
+    sys.argv = ["lmf-video", str(recipe), *overrides]
+    # What needs a GPU or several processes has no part in the data.
+    args = {**read_args(), "deepspeed": None, "bf16": False, "fp16": False, "use_cpu": True}
+    model_args, data_args, training_args, _, _ = get_train_args(args)
+    if data_args.template not in (TEMPLATE, THINKING_TEMPLATE):
+        raise ValueError(f"{recipe} has template {data_args.template}; only {TEMPLATE} can be checked")
+    module = load_tokenizer(model_args)
+    template = get_template_and_fix_tokenizer(module["tokenizer"], data_args)
+    cutoff, data_args.cutoff_len = data_args.cutoff_len, sys.maxsize
+    data = get_dataset(template, model_args, data_args, training_args, stage="sft", **module)
+    return {name: part for name, part in data.items() if part is not None}, module["processor"], cutoff
+
+
 # --- The table -------------------------------------------------------------------------------------------------------
 
 # module -> (names needed there, each with the parameters that are used; what is installed once it is imported)
@@ -506,6 +552,7 @@ TABLE: dict[str, tuple[dict[str, str], Callable[[ModuleType], None]]] = {
         {"create_custom_optimizer": "model training_args finetuning_args", "logger": ""},
         _train_optimizer,
     ),
+    "llamafactory.train.sft.trainer": ({"CustomSeq2SeqTrainer": ""}, _sft_trainer),
     "llamafactory.chat.chat_model": ({"run_chat": "", "ChatModel": ""}, _chat_model),
 }
 

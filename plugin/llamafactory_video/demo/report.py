@@ -120,7 +120,7 @@ def write_page(path: Path, report: dict, rows: list[tuple[np.ndarray, dict, dict
         sections += f"<section>{picture(strip)}<dl>{items}</dl></section>\n"
     path.write_text(
         PAGE.format(
-            table=f"<p>{report['clips']} clips<table>{table}</table>",
+            table=f"<p>{report['clips']} clips; those that the tuned model got wrong come first<table>{table}</table>",
             sections=sections,
             curve=picture(curve) if curve.exists() else "",
         ),
@@ -129,11 +129,9 @@ def write_page(path: Path, report: dict, rows: list[tuple[np.ndarray, dict, dict
 
 
 def write_report(folder: Path) -> dict:
-    """Write report.json and report.html into the demo's folder, and print the table; returns what report.json holds."""
+    """Write report.json and report.html into the demo's folder and print the table; returns what report.json holds."""
     if not (folder / "tuned" / "config.json").exists():
-        raise FileNotFoundError(
-            f"{folder / 'tuned'} holds no model: run llamafactory-cli train recipes/demo.yaml first"
-        )
+        raise SystemExit(f"{folder}/tuned holds no trained model: run llamafactory-cli train recipes/demo.yaml first")
     records = json.loads((folder / "test.json").read_text(encoding="utf-8"))
     expected = [record["conversations"][-1]["value"] for record in records]
     clips = [game.read_clip(folder / record["video"]) for record in records]
@@ -143,10 +141,8 @@ def write_report(folder: Path) -> dict:
     report = {model: score(expected, texts) for model, texts in answers.items()} | {"clips": len(clips)}
 
     (folder / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    rows = [
-        (clips[i], expected[i], {model: texts[i] for model, texts in answers.items()})
-        for i in sorted(range(len(clips)), key=lambda i: parse(answers["tuned"][i]) == expected[i])[:12]
-    ]  # wrong answers first: they teach most
+    wrong_first = sorted(range(len(clips)), key=lambda i: parse(answers["tuned"][i]) == expected[i])
+    rows = [(clips[i], expected[i], {model: texts[i] for model, texts in answers.items()}) for i in wrong_first[:12]]
     write_page(folder / "report.html", report, rows, folder / "tuned" / "training_loss.png")
 
     print(f"\n{len(clips)} clips that were never trained\n")
@@ -155,6 +151,6 @@ def write_report(folder: Path) -> dict:
         print(f"{model:>12}" + "".join(f"{value:12.3f}" for value in report[model].values()))
     print(f"\nexpected  {json.dumps(expected[0], ensure_ascii=False)}")
     for model, texts in answers.items():
-        print(f"{model:8}  {texts[0]}")
+        print(f"{model:8}  {' '.join(texts[0].split())[:120]}")
     print(f"\nfigures in {folder / 'report.json'}, clips and answers in {folder / 'report.html'}")
     return report

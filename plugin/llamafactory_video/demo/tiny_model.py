@@ -106,7 +106,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
     """Qwen's byte-level BPE, with merges for the demo's words and the chat's own. The same at every call."""
     bpe = Qwen2Tokenizer().backend_tokenizer
     words = [*game.words(), "system", "user", "assistant", " seconds"]
-    # Merging ends when every word is one token, long before this bound.
+    # Merging ends when every word is a token, long before this bound.
     trainer = BpeTrainer(vocab_size=4096, initial_alphabet=ByteLevel.alphabet(), show_progress=False)
     bpe.train_from_iterator(words, trainer)
     model = json.loads(bpe.to_str())["model"]
@@ -124,6 +124,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
         extra_special_tokens=list(SPECIAL_TOKENS[1:]),
         model_max_length=32768,
         padding_side="right",
+        chat_template=CHAT_TEMPLATE,
     )
 
 

@@ -50,9 +50,11 @@ def parameter_groups(
 
 def describe_groups(groups: list[dict[str, Any]]) -> str:
     """The groups as a table for the log."""
+    # DeepSpeed ZeRO-3 leaves an empty parameter on each rank, with its whole size beside it.
+    sizes = [sum(getattr(p, "ds_numel", p.numel()) for p in group["params"]) for group in groups]
     rows = [
-        f"  {group['name']:<24} {sum(p.numel() for p in group['params']):>14,} parameters   "
+        f"  {group['name']:<24} {size:>14,} parameters   "
         f"learning rate {group['lr']:<8g} weight decay {group['weight_decay']:g}"
-        for group in groups
+        for group, size in zip(groups, sizes, strict=True)
     ]
     return "Optimizer groups:\n" + "\n".join(rows)

@@ -1,0 +1,32 @@
+# make demo   everything from an empty folder to a trained model that describes clips it never saw
+# make test   checks and tests
+# make slow   the tests that take minutes
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+BIN = .venv/bin
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: setup demo test slow clean
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check -e ".[dev,deepspeed]"
+	touch $@
+
+demo: setup
+	$(BIN)/python -m llamafactory_video.demo prepare
+	CUDA_VISIBLE_DEVICES= $(BIN)/llamafactory-cli train recipes/demo.yaml
+	$(BIN)/python -m llamafactory_video.demo report
+
+test: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pytest -m "not slow"
+
+slow: setup
+	$(BIN)/pytest -m slow
+
+clean:
+	rm -rf .venv output

@@ -1,0 +1,81 @@
+"""The command `lmf-video`: what LLaMA-Factory's own command has no word for."""
+
+import argparse
+import os
+import statistics
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+
+def check(recipe: Path, overrides: list[str]) -> int:
+    """Read a recipe's data as training would, and tell what the model will be shown of it.
+
+    Returns:
+        How many records cannot be trained on.
+    """
+    from .data.loader import DatasetError
+    from .hooks import recipe_data
+
+    parts, processor, cutoff = recipe_data(recipe, overrides)
+    pads = {processor.image_token_id, processor.video_token_id}
+    wrong = 0
+
+    def measure(place: tuple[Any, int]) -> tuple[int, int] | str:
+        part, index = place
+        try:
+            ids = part[index]["input_ids"]
+        except DatasetError as error:
+            return str(error)
+        return len(ids), sum(token in pads for token in ids)
+
+    for name, part in parts.items():
+        with ThreadPoolExecutor() as pool:
+            places = ((part, i) for i in range(len(part)))
+            found = list(tqdm(pool.map(measure, places), total=len(part), unit=" records", desc=f"Checking {name}"))
+        sizes = [size for size in found if not isinstance(size, str)]
+        problems = [error for error in found if isinstance(error, str)]
+        sources = part.with_format(None)["_source"]
+        problems += [
+            f"{sources[i]}: {size[0]} tokens, {size[1]} of them visual, are more than cutoff_len {cutoff}"
+            for i, size in enumerate(found)
+            if not isinstance(size, str) and size[0] > cutoff
+        ]
+        print(f"\n{name}: {len(part)} records")
+        for title, column in (("tokens", 0), ("visual tokens", 1)):
+            numbers = [size[column] for size in sizes] or [0]
+            print(
+                f"  {title + ' of a record':<28} least {min(numbers):>6}   "
+                f"median {statistics.median(numbers):>8.0f}   most {max(numbers):>6}"
+            )
+        print(f"  cutoff_len {cutoff}; records that cannot be trained on: {len(problems)}")
+        for problem in problems:
+            print(f"    {problem}")
+        wrong += len(problems)
+    return wrong
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="lmf-video", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    checking = commands.add_parser(
+        "check",
+        help="read a recipe's data without training: wrong records, unreadable clips, lengths",
+        description="Reads every record and probes every clip of a training recipe, and says what the model will be "
+        "shown: an example, the lengths in tokens, and each record that cannot be trained on.",
+    )
+    checking.add_argument("recipe", type=Path, help="a training recipe, such as recipes/wzry_full.yaml")
+    checking.add_argument("overrides", nargs="*", help="key=value, as for llamafactory-cli")
+    options = parser.parse_args()
+    os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
+    try:
+        sys.exit(1 if check(options.recipe, options.overrides) else 0)
+    except (ValueError, OSError) as error:
+        sys.exit(f"lmf-video: {error}")
+
+
+if __name__ == "__main__":
+    main()
