@@ -129,7 +129,8 @@ class Clip:
         name = self.path if self.path is not None else f"{self.frames[0]} … ({len(self.frames)} frames)"
         if self.start is None and self.end is None:
             return name
-        return f"{name} [{self.start or 0} s, {self.end or '…'} s)"
+        end = "…" if self.end is None else f"{self.end:g} s"
+        return f"{name} from {self.start or 0:g} s to {end}"
 
     def encode(self) -> str:
         """One string, which `decode_clip` reads: the path alone where nothing else is set."""

@@ -91,7 +91,8 @@ def _frames_info(clip: Clip, default_rate: float) -> ClipInfo:
     count = len(clip.frames)
     if clip.times:
         times = tuple(time - clip.times[0] for time in clip.times)
-        rate = (count - 1) / times[-1] if count > 1 else default_rate
+        # Rounded, for times such as 0.1666…: int(n / 6.0000001 * fps) would be one frame short.
+        rate = round((count - 1) / times[-1], 6) if count > 1 else default_rate
         return ClipInfo(count, rate, count / rate, height, width, times)
     # LLaMA-Factory takes a list without a rate to be sampled already, at video_fps.
     rate = clip.frame_rate or default_rate

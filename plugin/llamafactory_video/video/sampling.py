@@ -226,5 +226,5 @@ def select_span(times: Sequence[float], start: float | None, end: float | None) 
     chosen = [i for i, time in enumerate(times) if (start is None or time >= start) and (end is None or time < end)]
     if not chosen:
         last = f"{times[-1]:.2f}" if times else "0"
-        raise SamplingError(f"no frame between start {start} s and end {end} s; the last frame is at {last} s")
+        raise SamplingError(f"no frame lies between start and end; the last one is at {last} s")
     return range(chosen[0], chosen[-1] + 1)
