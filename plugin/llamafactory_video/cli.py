@@ -20,30 +20,29 @@ def check(recipe: Path, overrides: list[str]) -> int:
     from .data.loader import DatasetError
     from .hooks import recipe_data
 
-    parts, processor, cutoff = recipe_data(recipe, overrides)
-    pads = {processor.image_token_id, processor.video_token_id}
+    parts, encoder = recipe_data(recipe, overrides)
+    cutoff, encoder.cutoff_len = encoder.cutoff_len, sys.maxsize  # all lengths are wanted, too long ones as well
+    pads = {encoder.processor.image_token_id, encoder.processor.video_token_id}
     wrong = 0
 
-    def measure(place: tuple[Any, int]) -> tuple[int, int] | str:
-        part, index = place
+    def measure(row: dict[str, Any]) -> tuple[int, int] | str:
         try:
-            ids = part[index]["input_ids"]
+            ids = encoder.encode(row)["input_ids"]
         except DatasetError as error:
             return str(error)
-        return len(ids), sum(token in pads for token in ids)
+        visual = sum(token in pads for token in ids)
+        if len(ids) > cutoff:
+            return f"{row.get('_source', 'a record')}: {len(ids)} tokens, {visual} of them visual, are more than cutoff_len {cutoff}"
+        return len(ids), visual
 
     for name, part in parts.items():
         with ThreadPoolExecutor() as pool:
-            places = ((part, i) for i in range(len(part)))
-            found = list(tqdm(pool.map(measure, places), total=len(part), unit=" records", desc=f"Checking {name}"))
+            found = list(tqdm(pool.map(measure, part), total=len(part), unit=" records", desc=f"Checking {name}"))
         sizes = [size for size in found if not isinstance(size, str)]
-        problems = [error for error in found if isinstance(error, str)]
-        sources = part.with_format(None)["_source"]
-        problems += [
-            f"{sources[i]}: {size[0]} tokens, {size[1]} of them visual, are more than cutoff_len {cutoff}"
-            for i, size in enumerate(found)
-            if not isinstance(size, str) and size[0] > cutoff
-        ]
+        problems = [problem for problem in found if isinstance(problem, str)]
+        if sizes:
+            example = encoder.encode(next(row for row, size in zip(part, found, strict=True) if size in sizes))
+            print(f"\n{name}, as the model sees it:\n{encoder.describe(example)}")
         print(f"\n{name}: {len(part)} records")
         for title, column in (("tokens", 0), ("visual tokens", 1)):
             numbers = [size[column] for size in sizes] or [0]

@@ -11,9 +11,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import DISABLE_VARIABLE
+
+if TYPE_CHECKING:
+    from .data.loader import RecordEncoder
 
 TEMPLATE, THINKING_TEMPLATE, FORMATTING = "qwen3_vl_video", "qwen3_vl_video_thinking", "video_conversation"
 SUPPORTED_VERSIONS = "0.9.5"
@@ -103,6 +106,24 @@ def _record_keys(attr: Any) -> Any:
     )
 
 
+def _record_encoder(
+    template: Any, tokenizer: Any, processor: Any, data_args: Any, generation: bool = False
+) -> "RecordEncoder":
+    from .data.loader import RecordEncoder
+
+    return RecordEncoder(
+        tokenizer,
+        processor,
+        _frame_sampling(processor),
+        cutoff_len=data_args.cutoff_len,
+        thinking=template.thinking,
+        default_system=template.default_system,
+        generation=generation,
+        train_on_prompt=data_args.train_on_prompt,
+        last_turn_only=data_args.mask_history,
+    )
+
+
 def _data_converter(converter: ModuleType) -> None:
     """`formatting: video_conversation` for data sets from a hub; files go through `_data_loader`."""
     from dataclasses import dataclass
@@ -172,19 +193,8 @@ def _data_loader(loader: ModuleType) -> None:
         lazy = stage == "sft" and hasattr(template, "thinking") and not (data_args.packing and not is_eval)
         if dataset is None or not lazy:
             return preprocess(dataset, data_args, training_args, stage, template, tokenizer, processor, is_eval)
-        from .data.loader import RecordEncoder
-
-        encoder = RecordEncoder(
-            tokenizer,
-            processor,
-            _frame_sampling(processor),
-            cutoff_len=data_args.cutoff_len,
-            thinking=template.thinking,
-            default_system=template.default_system,
-            generation=training_args.predict_with_generate and is_eval,
-            train_on_prompt=data_args.train_on_prompt,
-            last_turn_only=data_args.mask_history,
-        )
+        generation = training_args.predict_with_generate and is_eval
+        encoder = _record_encoder(template, tokenizer, processor, data_args, generation)
         if data_args.streaming:
             columns = list(next(iter(dataset)))
             dataset = dataset.map(encoder.encode, remove_columns=columns)
@@ -209,18 +219,7 @@ def _data_packing(supervised: ModuleType) -> None:
         def _encode_data_example(self, prompt, response, system, tools, images, videos, audios):
             if not hasattr(self.template, "thinking"):
                 return super()._encode_data_example(prompt, response, system, tools, images, videos, audios)
-            from .data.loader import RecordEncoder
-
-            encoder = RecordEncoder(
-                self.tokenizer,
-                self.processor,
-                _frame_sampling(self.processor),
-                cutoff_len=self.data_args.cutoff_len,
-                thinking=self.template.thinking,
-                default_system=self.template.default_system,
-                train_on_prompt=self.data_args.train_on_prompt,
-                last_turn_only=self.data_args.mask_history,
-            )
+            encoder = _record_encoder(self.template, self.tokenizer, self.processor, self.data_args)
             row = {"_prompt": prompt, "_response": response, "_system": system, "_tools": tools}
             encoded = encoder.encode({**row, "_images": images, "_videos": videos})
             return encoded["input_ids"], encoded["labels"]
@@ -480,32 +479,35 @@ def _chat_model(chat_model: ModuleType) -> None:
 # --- For lmf-video ---------------------------------------------------------------------------------------------------
 
 
-def recipe_data(recipe: Path, overrides: list[str]) -> tuple[dict[str, Any], Any, int]:
-    """The data sets of a training recipe as training would see them, without its model's weights.
+def recipe_data(recipe: Path, overrides: list[str]) -> tuple[dict[str, Any], "RecordEncoder"]:
+    """The data sets that a training recipe names, without its model's weights.
 
     Args:
         overrides: `key=value`, as for `llamafactory-cli`.
 
     Returns:
-        Data sets by name, the encoder of their records, and cutoff_len.
+        Checked records by data set, in rows of `loader.FEATURES`, and their encoder.
     """
-    import sys
-
-    from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
+    from llamafactory.data import get_template_and_fix_tokenizer
+    from llamafactory.data.loader import _load_single_dataset
+    from llamafactory.data.parser import get_dataset_list
     from llamafactory.hparams import get_train_args, read_args
     from llamafactory.model import load_tokenizer
 
     sys.argv = ["lmf-video", str(recipe), *overrides]
     # What needs a GPU or several processes has no part in the data.
-    args = {**read_args(), "deepspeed": None, "bf16": False, "fp16": False, "use_cpu": True}
+    args = {**read_args(), "deepspeed": None, "bf16": False, "fp16": False, "use_cpu": True, "streaming": False}
     model_args, data_args, training_args, _, _ = get_train_args(args)
     if data_args.template not in (TEMPLATE, THINKING_TEMPLATE):
         raise ValueError(f"{recipe} has template {data_args.template}; only {TEMPLATE} can be checked")
     module = load_tokenizer(model_args)
     template = get_template_and_fix_tokenizer(module["tokenizer"], data_args)
-    cutoff, data_args.cutoff_len = data_args.cutoff_len, sys.maxsize
-    data = get_dataset(template, model_args, data_args, training_args, stage="sft", **module)
-    return {name: part for name, part in data.items() if part is not None}, module["processor"], cutoff
+    names = [*(data_args.dataset or ()), *(data_args.eval_dataset or ())]
+    parts = {
+        name: _load_single_dataset(attr, model_args, data_args, training_args)
+        for name, attr in zip(names, get_dataset_list(names, data_args.dataset_dir), strict=True)
+    }
+    return parts, _record_encoder(template, module["tokenizer"], module["processor"], data_args)
 
 
 # --- The table -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,161 @@
+"""The commands as a person runs them: train, kill and resume, several processes, chat, check."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import write_clip
+from llamafactory_video.demo.tiny_model import save_tiny_model
+
+BIN = Path(sys.executable).parent
+
+
+def run(*command: str, stdin: str = "", **env: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", **env}
+    return subprocess.run(
+        [str(BIN / command[0]), *command[1:]],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A model, three clips, a text and a picture in one data set, and a recipe."""
+    folder = tmp_path_factory.mktemp("home")
+    save_tiny_model(folder / "model")
+    records = []
+    for i in range(3):
+        write_clip(folder / f"{i}.mp4", seed=i)
+        turns = [{"from": "human", "value": "<video>\n描述"}, {"from": "gpt", "value": {"标签": [f"凯{i}"]}}]
+        records.append({"video": f"{i}.mp4", "conversations": turns})
+    records += [
+        {"conversations": [{"from": "human", "value": f"问{i}"}, {"from": "gpt", "value": f"答{i}"}]} for i in range(5)
+    ]
+    (folder / "mixed.json").write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
+    info = {"mixed": {"file_name": "mixed.json", "formatting": "video_conversation"}}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    return folder
+
+
+def recipe(home: Path, name: str, **keys) -> tuple[str, Path]:
+    """A recipe file, and its output folder."""
+    out = home / name
+    values = {
+        "model_name_or_path": str(home / "model"),
+        "template": "qwen3_vl_video",
+        "dataset": "mixed",
+        "dataset_dir": str(home),
+        "cache_dir": str(home / "cache"),
+        "stage": "sft",
+        "do_train": True,
+        "finetuning_type": "full",
+        "freeze_vision_tower": False,
+        "freeze_multi_modal_projector": False,
+        "video_sampling": "qwen_finetune",
+        "mm_projector_lr": 1e-3,
+        "learning_rate": 5e-4,
+        "per_device_train_batch_size": 1,
+        "max_steps": 10,
+        "logging_steps": 1,
+        "save_steps": 4,
+        "output_dir": str(out),
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_gradient_checkpointing": True,
+        **keys,
+    }
+    (home / f"{name}.yaml").write_text(yaml.safe_dump(values))
+    return str(home / f"{name}.yaml"), out
+
+
+def losses(out: Path) -> list[float]:
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def trained(home):
+    file, out = recipe(home, "whole")
+    result = run("llamafactory-cli", "train", file)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return out
+
+
+def test_a_killed_run_goes_on_to_the_same_end(home, trained):
+    file, out = recipe(home, "killed")
+    process = subprocess.Popen(
+        [BIN / "llamafactory-cli", "train", file],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    until = time.monotonic() + 120
+    while not (out / "checkpoint-4" / "trainer_state.json").is_file():
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (out / "model.safetensors").is_file()
+    result = run("llamafactory-cli", "train", file)
+    assert "Resuming training from" in result.stdout + result.stderr
+    assert losses(out) == pytest.approx(losses(trained), rel=1e-5)
+    assert len(losses(out)) == 10
+
+
+def test_two_processes_with_clips_and_texts(home):
+    """Each process gets its own mix of clips and texts; none waits for the other's vision tower."""
+    file, out = recipe(home, "two", max_steps=4, per_device_train_batch_size=2, ddp_timeout=60)
+    result = run("llamafactory-cli", "train", file, FORCE_TORCHRUN="1", NPROC_PER_NODE="2", OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert len(losses(out)) == 4
+
+
+def test_chat_about_a_clip(home, trained):
+    questions = f"<video>{home / '0.mp4'}</video>描述\n再说\n<video>gone.mp4</video>\nexit\n"
+    options = ["--template", "qwen3_vl_video", "--video_sampling", "qwen_finetune", "--max_new_tokens", "4"]
+    result = run("llamafactory-cli", "chat", "--model_name_or_path", str(trained), *options, stdin=questions)
+    assert result.returncode == 0, result.stderr[-3000:]
+    answers = result.stdout.split("Assistant: ")[1:]
+    assert len(answers) == 3
+    assert all("error" not in answer for answer in answers[:2])
+    assert "[error: gone.mp4: cannot be opened (No such file or directory)" in answers[2]
+
+
+def test_check_tells_what_training_would_see(home):
+    file, _ = recipe(home, "check")
+    result = run("lmf-video", "check", file)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "mixed: 8 records" in result.stdout
+    assert "records that cannot be trained on: 0" in result.stdout
+    assert "<|video_pad|>*" in result.stdout and "凯" in result.stdout
+
+    result = run("lmf-video", "check", file, "cutoff_len=30")
+    assert result.returncode == 1
+    assert "records that cannot be trained on: 3" in result.stdout
+    assert "mixed.json, record 1: " in result.stdout
+
+    broken = home / "broken.mp4"
+    broken.write_text("no video")
+    record = {
+        "video": "broken.mp4",
+        "conversations": json.loads((home / "mixed.json").read_text())[0]["conversations"],
+    }
+    (home / "mixed.json").write_text(json.dumps([record]))
+    result = run("lmf-video", "check", file)
+    assert result.returncode == 1
+    assert "mixed.json, record 1: " in result.stdout and "broken.mp4: is not a video" in result.stdout
+    (home / "mixed.json").write_text("[{}]")
+    result = run("lmf-video", "check", file)
+    assert result.returncode == 1
+    assert result.stderr.strip().endswith("leave them out with `skip_wrong_records: true`.")
+    assert "Traceback" not in result.stderr
