@@ -14,11 +14,14 @@ from llamafactory_video.model.template import (
     IGNORE_INDEX,
     TemplateError,
     check_chat_template,
+    count_image_tokens,
     encode_conversation,
     expand_pads,
+    place_media,
     token_type_ids,
     vision_inputs,
 )
+from llamafactory_video.video.clip import plan_clip
 from llamafactory_video.video.probe import probe
 from PIL import Image
 from transformers import AutoProcessor
@@ -221,6 +224,39 @@ def test_real_clips_are_what_transformers_makes(path):
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": "."}]
     ids, _, pixels = our_inputs(processor, record)
     assert_same(reference_inputs(reference_processor(processor), messages, videos=[path]), ids, pixels)
+
+
+def test_llamafactorys_dialect_shows_what_llamafactory_shows(clip, picture, tmp_path):
+    """Its own plugin on the same clip and image, where it has no fault: one clip, constant rate."""
+    from types import SimpleNamespace
+
+    from llamafactory.data.mm_plugin import get_mm_plugin
+    from llamafactory.model.patcher import patch_processor
+    from llamafactory_video.demo.tiny_model import build_processor
+
+    keys = {"video_fps": 3.0, "video_maxlen": 6, "video_min_pixels": 256, "video_max_pixels": 3000}
+    image_keys = {"image_min_pixels": 1024, "image_max_pixels": 9000}
+    others = dict.fromkeys(["image_do_pan_and_scan", "crop_to_patches", "use_audio_in_video"], False)
+    stock_processor = build_processor()
+    arguments = SimpleNamespace(**keys, **image_keys, **others, audio_sampling_rate=16000)
+    patch_processor(stock_processor, stock_processor.tokenizer, arguments)
+    stock = get_mm_plugin("qwen3_vl", image_token="<|image_pad|>", video_token="<|video_pad|>")
+
+    processor = build_processor()
+    sampling = apply_to_processor("llamafactory", {**keys, **image_keys}, processor)
+    for images, videos in (([str(picture)], []), ([], [str(clip)])):
+        expected = stock._get_mm_inputs(images, videos, [], stock_processor)
+        got = vision_inputs(images, videos, processor, sampling)
+        for key, value in got.items():
+            assert torch.equal(value, torch.as_tensor(expected[key])), key
+        messages = [{"role": "user", "content": "<image>" * len(images) + "<video>" * len(videos)}]
+        text = stock.process_messages(messages, images, videos, [], stock_processor)[0]["content"]
+        told = processor.tokenizer.encode(text, add_special_tokens=False)
+        plans = [plan_clip(video, sampling) for video in videos]
+        placed = processor.tokenizer.encode(place_media(messages[0]["content"], list(plans)), add_special_tokens=False)
+        tokens = [count_image_tokens(image, processor.image_processor, sampling) for image in images]
+        pads = processor.image_token_id, processor.video_token_id
+        assert expand_pads(placed, None, tokens, plans, *pads)[0] == told
 
 
 def test_pads_spelled_out_in_a_text_are_refused(processor):

@@ -107,7 +107,7 @@ def resolve_sampling(dialect: str, given: dict[str, Any], video_processor: Any) 
 
     Args:
         dialect: value of `video_sampling`.
-        given: the video_* keys that the recipe gives.
+        given: the video_* and image_* keys that the recipe gives.
         video_processor: the model's own; transformers' Qwen3VLVideoProcessor.
 
     Raises:
@@ -128,10 +128,18 @@ def resolve_sampling(dialect: str, given: dict[str, Any], video_processor: Any) 
             **processor_bounds,
         )
     else:
+        bounds = [given.get(key, _LLAMAFACTORY_DEFAULTS[key]) for key in ("image_min_pixels", "image_max_pixels")]
         defaults = Sampling(
-            dialect, 2.0, min_frames=1, max_frames=128, min_pixels=16 * 16, max_pixels=256 * 256, **patches,
+            dialect,
+            fps=_LLAMAFACTORY_DEFAULTS["video_fps"],
+            min_frames=1,
+            max_frames=_LLAMAFACTORY_DEFAULTS["video_maxlen"],
+            min_pixels=_LLAMAFACTORY_DEFAULTS["video_min_pixels"],
+            max_pixels=_LLAMAFACTORY_DEFAULTS["video_max_pixels"],
+            image_bounds=tuple(bounds),
+            **patches,
             **processor_bounds,
-        )  # fmt: skip
+        )
     try:
         return defaults.override(
             fps=given.get("video_fps"),

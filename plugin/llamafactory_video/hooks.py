@@ -275,8 +275,9 @@ def _data_mm_plugin(mm_plugin: ModuleType) -> None:
 
             if not input_ids:
                 return input_ids, labels
-            image_tokens = [count_image_tokens(image, processor.image_processor) for image in images]
-            plans = [plan_clip(video, _frame_sampling(processor)) for video in videos]
+            sampling = _frame_sampling(processor)
+            image_tokens = [count_image_tokens(image, processor.image_processor, sampling) for image in images]
+            plans = [plan_clip(video, sampling) for video in videos]
             return expand_pads(
                 input_ids, labels, image_tokens, plans, processor.image_token_id, processor.video_token_id
             )

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from ..data.conversation import FUNCTION, IMAGE_PLACEHOLDER, TOOL, VIDEO_PLACEHOLDER
 from ..video.clip import plan_clip, read_clip
 from ..video.probe import ClipError, open_picture, picture_size
-from ..video.sampling import FramePlan, Sampling, SamplingError, smart_resize
+from ..video.sampling import FramePlan, Sampling, SamplingError, llamafactory_size, smart_resize
 
 IGNORE_INDEX = -100
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
@@ -30,16 +31,27 @@ class TemplateError(ValueError):
     """A conversation, or a model, that the template cannot serve."""
 
 
-def count_image_tokens(image: Any, image_processor: Any) -> int:
+def count_image_tokens(image: Any, image_processor: Any, sampling: Sampling) -> int:
     """Visual tokens of an image; see `probe.open_picture` for what an image may be."""
     height, width = picture_size(image)
     factor = image_processor.patch_size * image_processor.merge_size
     size = image_processor.size
     try:
+        if sampling.image_bounds is not None:
+            height, width = llamafactory_size(height, width, *sampling.image_bounds)
         height, width = smart_resize(height, width, factor, size.shortest_edge, size.longest_edge)
     except SamplingError as error:
         raise ClipError(f"{image}: {error}") from error
     return height * width // factor**2
+
+
+def read_image(image: Any, sampling: Sampling) -> Image.Image:
+    """An image upright, in RGB and, where the dialect has a resize of its own before the processor's, resized."""
+    picture = open_picture(image)
+    if sampling.image_bounds is None:
+        return picture
+    height, width = llamafactory_size(picture.height, picture.width, *sampling.image_bounds)
+    return picture if picture.size == (width, height) else picture.resize((width, height))
 
 
 def place_media(text: str, plans: list[FramePlan]) -> str:
@@ -186,7 +198,7 @@ def encode_conversation(
         ClipError, TemplateError: if it cannot be shown.
     """
     plans = [plan_clip(video, sampling) for video in row["_videos"] or ()]
-    image_tokens = [count_image_tokens(image, processor.image_processor) for image in row["_images"] or ()]
+    image_tokens = [count_image_tokens(image, processor.image_processor, sampling) for image in row["_images"] or ()]
     to_place = list(plans)
     messages = [
         {"role": message["role"], "content": place_media(message["content"], to_place)}
@@ -214,7 +226,7 @@ def vision_inputs(
     """
     inputs: dict[str, torch.Tensor] = {}
     if images:
-        pictures = [open_picture(image) for image in images]
+        pictures = [read_image(image, sampling) for image in images]
         inputs.update(processor.image_processor(images=pictures, return_tensors="pt"))
     if videos:
         patches, grids = [], []

@@ -52,6 +52,7 @@ class Sampling:
         min_frames, max_frames: bounds on the number of frames.
         min_pixels, max_pixels: bounds in the dialect's meaning.
         processor_min_pixels, processor_max_pixels: the processor's own clip-wide bounds (`llamafactory` only).
+        image_bounds: least and greatest pixels of an image before the processor's own bounds (`llamafactory` only).
         patch_size, temporal_patch_size, merge_size: of the vision tower.
     """
 
@@ -63,6 +64,7 @@ class Sampling:
     max_pixels: int = 25165824
     processor_min_pixels: int = 4096
     processor_max_pixels: int = 25165824
+    image_bounds: tuple[int, int] | None = None
     patch_size: int = 16
     temporal_patch_size: int = 2
     merge_size: int = 2
@@ -165,7 +167,7 @@ def smart_resize(
     return new_height, new_width
 
 
-def _llamafactory_frame_size(height: int, width: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+def llamafactory_size(height: int, width: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """The size of LLaMA-Factory's first resize, (height, width); follows its Qwen2VLPlugin._preprocess_image."""
     if width * height > max_pixels:
         scale = math.sqrt(max_pixels / (width * height))
@@ -208,7 +210,7 @@ def plan_frames(info: ClipInfo, sampling: Sampling) -> FramePlan:
     pre_size = None
     min_pixels, max_pixels = sampling.min_pixels, sampling.max_pixels
     if sampling.dialect == "llamafactory":
-        pre_size = _llamafactory_frame_size(height, width, min_pixels, max_pixels)
+        pre_size = llamafactory_size(height, width, min_pixels, max_pixels)
         height, width = pre_size
         min_pixels, max_pixels = sampling.processor_min_pixels, sampling.processor_max_pixels
         num_sampled = len(indices)  # here the odd frame is repeated before the size is chosen, elsewhere after
