@@ -1,6 +1,7 @@
 """Prompt ids, labels and pixels against transformers' own processor, and records against the official trainer's way."""
 
 import copy
+import unicodedata
 
 import pytest
 import torch
@@ -175,7 +176,7 @@ TEXT = st.text(st.characters(codec="utf-8", exclude_characters="<>", exclude_cat
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=4), st.none() | TEXT, st.booleans())
 def test_any_text_conversation_equals_apply_chat_template(processor, turns, system, use_tools):
     tools = (
@@ -190,7 +191,9 @@ def test_any_text_conversation_equals_apply_chat_template(processor, turns, syst
     ids, labels, _ = our_inputs(processor, {"messages": messages, "tools": tools})
     assert ids == reference["input_ids"][0].tolist()
     said = answers(processor, ids, labels)
-    assert [text.lstrip("\n") for text in said] == [f"{gpt}<|im_end|>\n".lstrip("\n") for _, gpt in turns]
+    # Qwen's tokenizer composes characters (NFC) before it cuts them into tokens.
+    told = [unicodedata.normalize("NFC", f"{gpt}<|im_end|>\n") for _, gpt in turns]
+    assert [text.lstrip("\n") for text in said] == [text.lstrip("\n") for text in told]
 
 
 def test_tool_turns_equal_apply_chat_template(processor):
