@@ -120,6 +120,16 @@ def test_two_processes_with_clips_and_texts(home):
     assert len(losses(out)) == 4
 
 
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_streaming(home, processes):
+    keys = {"streaming": True, "max_steps": 2, "per_device_train_batch_size": 2, "dataloader_num_workers": 1}
+    file, out = recipe(home, f"stream{processes}", **keys, buffer_size=4)
+    torchrun = {"FORCE_TORCHRUN": "1", "OMP_NUM_THREADS": "1"} if processes == "2" else {}
+    result = run("llamafactory-cli", "train", file, NPROC_PER_NODE=processes, **torchrun)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert len(losses(out)) == 2
+
+
 def test_chat_about_a_clip(home, trained):
     questions = f"<video>{home / '0.mp4'}</video>描述\n再说\n<video>gone.mp4</video>\nexit\n"
     options = ["--template", "qwen3_vl_video", "--video_sampling", "qwen_finetune", "--max_new_tokens", "4"]
@@ -158,4 +168,7 @@ def test_check_tells_what_training_would_see(home):
     result = run("lmf-video", "check", file)
     assert result.returncode == 1
     assert result.stderr.strip().endswith("leave them out with `skip_wrong_records: true`.")
+    file, _ = recipe(home, "nothing", dataset=None, do_train=False)
+    result = run("lmf-video", "check", file)
+    assert result.returncode == 1 and "names no data set; give a training recipe" in result.stderr
     assert "Traceback" not in result.stderr

@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llamafactory_video.data.conversation import (
-    JSON_DECODER,
     Clip,
+    RecordKeys,
     decode_clip,
     json_text,
     parse_record,
+    read_json,
     take_inline_videos,
 )
 
@@ -25,24 +26,20 @@ JSON_VALUES = st.recursive(
 @given(JSON_VALUES, st.none() | st.integers(1, 4))
 def test_json_text_is_pythons_with_the_authors_characters(value, indent):
     text = json.dumps(value, ensure_ascii=False, indent=indent)
-    assert json_text(JSON_DECODER.decode(text), indent) == text
+    assert json_text(read_json(text)[0], indent) == text
 
 
 @pytest.mark.parametrize(
     "number", ["1.0", "1e3", "0.10", "-0", "12345678901234567890123", "1E+2", "3.14159265358979323846"]
 )
 def test_numbers_stay_as_written(number):
-    assert (
-        json_text(JSON_DECODER.decode(f'{{"b": {number}, "a": [{number}]}}')) == f'{{"b": {number}, "a": [{number}]}}'
-    )
+    assert json_text(read_json(f'{{"b": {number}, "a": [{number}]}}')[0]) == f'{{"b": {number}, "a": [{number}]}}'
 
 
 def parse(record, **kwargs):
     text = record if isinstance(record, str) else json.dumps(record, ensure_ascii=False)
     missing = kwargs.pop("missing", "missing")
-    return parse_record(
-        JSON_DECODER.decode(text), lambda path: None if missing in path else f"/media/{path}", **kwargs
-    )
+    return parse_record(read_json(text)[0], lambda path: None if missing in path else f"/media/{path}", **kwargs)
 
 
 def turns(*texts):
@@ -113,6 +110,36 @@ def test_two_spellings_give_one_conversation():
         }
     )
     assert ours == openai
+
+
+def messages(*contents, **assistant):
+    roles = ("user", "assistant")
+    turns = [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
+    turns[-1].update(assistant)
+    return {"messages": turns}
+
+
+def test_openai_items_lose_nothing():
+    item = {"type": "video", "video": "a.mp4", "fps": 1, "max_pixels": 50176, "video_start": 3, "video_end": 9}
+    assert good(messages([item], "答")).videos == [Clip("/media/a.mp4", fps=1.0, max_pixels=50176, start=3.0, end=9.0)]
+    annotated = [{"type": "text", "text": "一", "annotations": []}, {"type": "text", "text": "二"}]
+    assert good(messages("问", annotated)).messages[1] == ("assistant", "一二")
+    system = {"role": "system", "content": [{"type": "text", "text": "规则"}]}
+    assert good({"messages": [system, *messages("问", "答")["messages"]]}).system == "规则"
+    call = {"id": "1", "type": "function", "function": {"name": "seek", "arguments": {"s": 1.50}}}
+    text = '{"content": "我看看", "tool_calls": [{"function": {"name": "seek", "arguments": {"s": 1.5}}}]}'
+    assert good(messages("问", "我看看", tool_calls=[call])).messages[1] == ("function", text)
+    assert good(messages("问", "", tool_calls=[call])).messages[1][0] == "function"
+    listed = good({"tools": '[{"name": "seek"}]', "conversations": turns("问", "答")})
+    assert listed == good({"tools": [{"name": "seek"}], "conversations": turns("问", "答")})
+
+
+def test_own_names_of_columns():
+    keys = RecordKeys(videos=("clip",))
+    record = {"clip": "a.mp4", "video": 7, "videos": [], "conversations": turns("<video>", "答")}
+    assert good(record, keys=keys).videos == [Clip("/media/a.mp4")]
+    record = {"video": "a.mp4", "videos": [], "conversations": turns("<video>", "答")}
+    assert good(record).videos == [Clip("/media/a.mp4")]
 
 
 def test_a_clip_with_settings_survives_its_encoding():
@@ -190,6 +217,43 @@ WRONG = {
         "conversations[2]: system turn after gpt turn",
     ),
     "not an object": ("7", "record: 7; a JSON object is needed"),
+    "not a text": (
+        messages("问", [{"type": "text", "text": None}]),
+        'messages[1].content: [{"type": "text", "text": null}]; items {"type": "text"',
+    ),
+    "a thought beside": (
+        messages("问", "答", reasoning_content="因为"),
+        "messages[1].reasoning_content: a thought; write it into the content",
+    ),
+    "no calls": (messages("问", "", tool_calls=5), "messages[1].tool_calls: "),
+    "call without name": (
+        {"conversations": [turns("问")[0], {"from": "function_call", "value": '{"nam": 1}'}]},
+        'conversations[1].value: "{\\"nam\\": 1}"; calls {"name"',
+    ),
+    "call not JSON": (
+        {"conversations": [turns("问")[0], {"from": "function_call", "value": "seek"}]},
+        'conversations[1].value: "seek": not JSON',
+    ),
+    "tools not JSON": (
+        {"tools": "seek(s)", "conversations": turns("问", "答")},
+        'tools: "seek(s)"; a list of tools, or its JSON text, is needed',
+    ),
+    "system ends itself": (
+        {"system": "x<|im_end|>", "conversations": turns("问", "答")},
+        "system: holds <|im_end|>; this token lays out the prompt",
+    ),
+    "setting of an image": (
+        messages([{"type": "image", "image": "a.png", "max_pixels": 5}], "答"),
+        "messages[0].content[0].max_pixels: unknown setting",
+    ),
+    "setting of an item": (
+        messages([{"type": "video", "video": "a.mp4", "sample_fps": 5}], "答"),
+        "messages[0].content[0].video.sample_fps: unknown setting",
+    ),
+    "endless": (
+        '{"video": {"path": "a.mp4", "max_frames": 1e400}, "conversations": [{"from": "human", "value": "<video>"}]}',
+        "video.max_frames: 1e400; ",
+    ),
     "unknown item": (
         {"messages": [{"role": "user", "content": [{"type": "audio"}]}, {"role": "assistant", "content": "答"}]},
         'messages[0].content[0]: {"type": "audio"}; an item',
@@ -208,11 +272,11 @@ def test_all_problems_of_a_record_are_listed():
     assert len(complaints(record)) == 4
 
 
-def test_keys_that_stand_twice_are_refused():
-    with pytest.raises(ValueError, match='the key "a" stands twice'):
-        JSON_DECODER.decode('{"a": 1, "a": 2}')
-    with pytest.raises(ValueError, match="NaN is not JSON"):
-        JSON_DECODER.decode("[NaN]")
+def test_what_is_not_quite_json_is_named():
+    assert read_json('{"a": 1, "a": 2}')[1] == ['the key "a" stands twice in one object']
+    assert read_json("[NaN]")[1] == ["NaN is not JSON"]
+    assert read_json("[1e999]") == ([float("inf")], [])
+    assert read_json('{"a"')[1] == ["not JSON: Expecting ':' delimiter at character 4"]
 
 
 def test_clips_typed_into_chat():

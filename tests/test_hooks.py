@@ -1,12 +1,12 @@
 """The plugin inside LLaMA-Factory: loading, switching off, and its data path."""
 
 import importlib.util
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -65,7 +65,7 @@ import llamafactory.train.sft.trainer as trainer, llamafactory.data.loader as da
 ours = [workflow.SFTDataCollatorWith4DAttentionMask, loader.patch_processor, trainer.create_custom_optimizer,
         data._load_single_dataset, data.PackedSupervisedDatasetProcessor]
 assert {f.__module__ for f in ours} == {"llamafactory_video.hooks"}, ours
-assert set(hooks.TABLE) <= hooks._installed
+assert set(hooks.TABLE) <= hooks.installed
 print("done")
 """
     run = python(code, LLAMAFACTORY_VIDEO_DISABLE="1")
@@ -77,6 +77,9 @@ print("done")
     [
         ("train/trainer_utils.py", "def create_custom_optimizer", "def make_optimizer", "create_custom_optimizer"),
         ("data/loader.py", "dataset_attr", "attributes", r"_load_single_dataset\(dataset_attr=…\)"),
+        ("train/sft/trainer.py", "def save_predictions", "def write", "CustomSeq2SeqTrainer.save_predictions"),
+        ("data/mm_plugin.py", "def process_token_ids", "def expand", "BasePlugin.process_token_ids"),
+        ("model/model_utils/visual.py", 'model_type="qwen3_vl"', 'model_type="other"', 'model_type="qwen3_vl"'),
         ("chat/chat_model.py", None, None, "chat_model.run_chat"),
     ],
 )
@@ -115,7 +118,26 @@ def home(tmp_path_factory):
     (folder / "clips.json").write_text(json.dumps(clips, ensure_ascii=False), encoding="utf-8")
     alpaca = [{"instruction": f"问{i}", "input": "", "output": f"答{i}"} for i in range(4)]
     (folder / "texts.json").write_text(json.dumps(alpaca, ensure_ascii=False), encoding="utf-8")
+    calls = [{"function": {"name": "seek", "arguments": {}}}] * 2
+    tools = [
+        {"role": "user", "content": "找"},
+        {"role": "assistant", "tool_calls": calls},
+        {"role": "tool", "content": "甲"},
+        {"role": "tool", "content": "乙"},
+        {"role": "assistant", "content": "在"},
+    ]
+    (folder / "tools.json").write_text(json.dumps([{"messages": tools}]))
+    (folder / "hub").mkdir()
+    texts = [
+        {**record, "conversations": [record["conversations"][0], {"from": "gpt", "value": "文"}]} for record in clips
+    ]
+    (folder / "hub" / "train.jsonl").write_text("\n".join(map(json.dumps, texts)))
+    (folder / "objects").mkdir()
+    (folder / "objects" / "train.jsonl").write_text("\n".join(map(json.dumps, [clips[0], clips[1]])))
     info = {
+        "tools": {"file_name": "tools.json", "formatting": "video_conversation"},
+        "hub": {"hf_hub_url": str(folder / "hub"), "formatting": "video_conversation"},
+        "objects": {"hf_hub_url": str(folder / "objects"), "formatting": "video_conversation"},
         "clips": {"file_name": "clips.json", "formatting": "video_conversation"},
         "few": {"file_name": "clips.json", "formatting": "video_conversation", "num_samples": 2},
         "many": {"file_name": "clips.json", "formatting": "video_conversation", "num_samples": 9},
@@ -213,12 +235,18 @@ def test_streaming(home, tmp_path):
 
 
 def test_neat_packing_packs_what_we_encode(home, tmp_path):
-    alone, _, _ = dataset(home, tmp_path)
-    ids = [alone["train_dataset"][i]["input_ids"] for i in range(6)]
-    cutoff = sum(map(len, ids)) + 1
-    data, _, _ = dataset(home, tmp_path, neat_packing=True, cutoff_len=cutoff)
+    """Every sample whole, tool conversations with two results too, and each attends to itself alone."""
+    alone, _, _ = dataset(home, tmp_path, dataset="clips,tools")
+    samples = [alone["train_dataset"][i] for i in range(7)]
+    cutoff = sum(len(sample["input_ids"]) for sample in samples) + 1
+    data, _, _ = dataset(home, tmp_path, dataset="clips,tools", neat_packing=True, cutoff_len=cutoff)
     (packed,) = data["train_dataset"]
-    assert sorted(packed["input_ids"][: cutoff - 1]) == sorted(token for sample in ids for token in sample)
+    bounds = packed["packing_params"]["sequence_boundaries"]
+    spans = list(itertools.pairwise(bounds[:-1]))
+    key = ("input_ids", "labels")
+    assert sorted([packed[k][a:b] for k in key] for a, b in spans) == sorted([s[k] for k in key] for s in samples)
+    for number, (a, b) in enumerate(spans, start=1):
+        assert set(packed["attention_mask"][a:b]) == {number}
 
 
 def test_too_long_is_said_and_never_cut(home, tmp_path):
@@ -244,12 +272,17 @@ def test_supervision_switches(home, tmp_path):
     assert plain["input_ids"] == prompt["input_ids"]
     text = [token for token in prompt["input_ids"] if token != module["processor"].video_token_id]
     assert [label for label in prompt["labels"] if label >= 0] == text
+    turns, _, _ = dataset(home, tmp_path, dataset="tools")
+    last, _, _ = dataset(home, tmp_path, dataset="tools", mask_history=True)
+    assert "tool_call" in said(module, turns["train_dataset"][0])
+    assert said(module, last["train_dataset"][0]) == "在<|im_end|>\n"
 
 
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
         ({"packing": True}, "neat_packing: true"),
+        ({"max_samples": 0}, "the data set is empty"),
         ({"tokenized_path": "x"}, "tokenized_path has no use"),
         ({"template": "qwen3_vl"}, "video_sampling works with `template: qwen3_vl_video`"),
         ({"video_max_frames": 8, "video_maxlen": 9}, "two names for one setting"),
@@ -274,10 +307,63 @@ def test_llamafactorys_defaults_keep_their_meaning(home, tmp_path):
     assert (video.size.shortest_edge, video.max_frames) == (401408, 32)
 
 
-def test_a_million_records_would_start_at_once(home, tmp_path):
-    """Nothing is tokenized ahead: the time to a sample does not grow with the data set."""
+def test_nothing_is_tokenized_ahead(home, tmp_path, monkeypatch):
+    """A million records would start at once: only the example that is printed is encoded."""
+    from llamafactory_video.data.loader import RecordEncoder
+
+    encoded = []
+    encode = RecordEncoder.encode
+    monkeypatch.setattr(RecordEncoder, "encode", lambda self, row: encoded.append(row) or encode(self, row))
     data, _, _ = dataset(home, tmp_path)
-    million = data["train_dataset"].select([0] * 1_000_000)
-    start = time.process_time()
-    assert million[999_999]["input_ids"] == data["train_dataset"][0]["input_ids"]
-    assert time.process_time() - start < 1
+    assert len(encoded) == 1
+    data["train_dataset"][5]
+    assert len(encoded) == 2
+
+
+def test_data_sets_from_a_hub(home, tmp_path):
+    """A local folder stands for the hub: LLaMA-Factory loads both through datasets.load_dataset."""
+    from llamafactory_video.data.loader import DatasetError
+
+    data, module, _ = dataset(home, tmp_path, dataset="hub,clips")
+    assert len(data["train_dataset"]) == 12
+    assert said(module, data["train_dataset"][0]) == "文<|im_end|>\n"
+    with pytest.raises(DatasetError, match="objects: a hub's loader .* download the files and register them"):
+        dataset(home, tmp_path, dataset="objects")
+
+
+def test_what_is_wrong_with_all_data_sets_is_said_at_once(home, tmp_path):
+    from llamafactory_video.data.loader import DatasetError
+
+    info = json.loads((home / "dataset_info.json").read_text())
+    for name in ("one", "two"):
+        (home / f"{name}.json").write_text(json.dumps([{"video": f"{name}.mp4"}]))
+        info[name] = {"file_name": f"{name}.json", "formatting": "video_conversation"}
+    (home / "dataset_info.json").write_text(json.dumps(info))
+    with pytest.raises(DatasetError) as error:
+        dataset(home, tmp_path, dataset="one,clips", eval_dataset="two")
+    assert "one.json: 1 of 1" in str(error.value) and "two.json: 1 of 1" in str(error.value)
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
+        "wrong_records_one.txt",
+        "wrong_records_two.txt",
+    ]
+
+
+def test_texts_about_tags_and_odd_inputs_in_chat(home, tmp_path):
+    from llamafactory_video.model.template import TemplateError
+
+    _, module, template = dataset(home, tmp_path)
+    processor, plugin = module["processor"], template.mm_plugin
+    asked = [{"role": "user", "content": "what does <video> mean in HTML?"}]
+    assert plugin.process_messages(asked, [], [], [], processor) == asked
+    history = [
+        {"role": "user", "content": "<video>?"},
+        {"role": "assistant", "content": "use the <video> tag"},
+        {"role": "user", "content": "why"},
+    ]
+    for videos in ([str(home / "0.mp4")], (str(home / "0.mp4"),), [home / "0.mp4"]):
+        placed = plugin.process_messages(history, [], videos, [], processor)
+        assert placed[1]["content"] == "use the <video> tag" and "seconds>" in placed[0]["content"]
+    with pytest.raises(TemplateError, match="1 <video> in the messages and 2 given"):
+        plugin.process_messages(history, [], [str(home / "0.mp4")] * 2, [], processor)
+    with pytest.raises(ValueError, match="a int is no video"):
+        plugin.process_messages(history, [], [7], [], processor)

@@ -80,10 +80,43 @@ def test_broken_files_are_named_with_their_place(folder, name):
 def test_another_encoding_is_named(folder):
     (folder / "data.json").write_bytes(json.dumps([record()], ensure_ascii=False).encode("gbk"))
     with pytest.raises(DatasetError, match="not UTF-8"):
+        load(folder, skip_wrong=True)
+    lines = [json.dumps(record(i), ensure_ascii=False).encode("gbk" if i == 5 else "utf-8") for i in range(10)]
+    (folder / "lines.jsonl").write_bytes(b"\n".join(lines))
+    said = []
+    assert len(load(folder, "lines.jsonl", skip_wrong=True, log=said.append)) == 9
+    assert "record 6 (line 6): record: not UTF-8" in said[0]
+
+
+@pytest.mark.parametrize(
+    "wrong", ['{"a": NaN}', '{"a": 1, "a": 2}', '{"conversations": [1e400, {"from": "gpt"}]}', "[" * 600 + "]" * 600]
+)
+def test_one_wrong_record_hides_no_other(folder, wrong):
+    texts = [json.dumps(record(i), ensure_ascii=False) for i in range(30)]
+    texts[3] = wrong
+    texts[20] = json.dumps({**record(), "video": "gone.mp4"})
+    for name, text in (("data.json", "[" + ",\n".join(texts) + "]"), ("data.jsonl", "\n".join(texts))):
+        (folder / name).write_text(text, encoding="utf-8")
+        said = []
+        assert len(load(folder, name, skip_wrong=True, log=said.append)) == 28
+        assert "record 4 (line 4)" in said[0] and "record 21 (line 21)" in said[0]
+
+
+def test_a_file_that_cannot_be_read_to_its_end_is_never_skipped(folder):
+    texts = [json.dumps(record(i), ensure_ascii=False) for i in range(5)]
+    (folder / "data.json").write_text("[" + ",\n".join(texts) + ', {"a": ', encoding="utf-8")
+    with pytest.raises(DatasetError, match="could not be read to its end"):
+        load(folder, skip_wrong=True)
+
+
+def test_a_json_file_of_another_shape_is_one_error(folder):
+    (folder / "data.json").write_text(json.dumps({"data": [record()]}, indent=1), encoding="utf-8")
+    with pytest.raises(DatasetError, match="1 of 1 records are wrong") as error:
         load(folder)
+    assert "holds an array of records, or one record on each line" in str(error.value)
 
 
-def test_wrong_records_stop_or_are_left_out_with_a_report(folder):
+def test_wrong_records_stop_or_are_left_out_with_a_report(folder, monkeypatch):
     records = [record(i) for i in range(10)]
     records[3]["video"] = "gone.mp4"
     records[7]["conversations"][1]["value"] = ""
@@ -96,8 +129,10 @@ def test_wrong_records_stop_or_are_left_out_with_a_report(folder):
     assert "record 8 (line 1): conversations[1].value: empty" in text
     assert len((folder / "out" / "wrong_records_data.txt").read_text().splitlines()) == 2
 
-    for _ in range(2):  # said every time, not only when the cache is cold
+    for again in (False, True):  # said every time, not only when the cache is cold
         said = []
+        if again:
+            monkeypatch.setattr(loader, "read_records", lambda file: pytest.fail("read again"))
         dataset = load(folder, skip_wrong=True, log=said.append)
         assert len(dataset) == 8 and "凯3" not in str(answers(dataset))
         assert "2 of 10 records are wrong and left out, 8 remain" in said[0] and "record 4" in said[0]
@@ -118,6 +153,17 @@ def test_the_cache_is_used_and_never_stale(folder, monkeypatch):
     with pytest.raises(DatasetError, match='no file "a.mp4"'):
         load(folder)
     assert not list((folder / "cache").rglob("*.tmp"))
+
+
+def test_partial_files_of_killed_runs_are_removed(folder):
+    (folder / "data.json").write_text(json.dumps([record(0)]), encoding="utf-8")
+    cache = folder / "cache" / "llamafactory_video"
+    cache.mkdir(parents=True)
+    for name in ("old.tmp", "of another run.tmp"):
+        (cache / name).touch()
+    os.utime(cache / "old.tmp", (1, 1))
+    load(folder)
+    assert [file.name for file in cache.glob("*.tmp")] == ["of another run.tmp"]
 
 
 def test_llamafactorys_own_video_demo_format(folder):

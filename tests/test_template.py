@@ -262,6 +262,29 @@ def test_llamafactorys_dialect_shows_what_llamafactory_shows(clip, picture, tmp_
         assert expand_pads(placed, None, tokens, plans, *pads)[0] == told
 
 
+def test_bare_tools_are_written_as_in_training(processor):
+    """LLaMA-Factory's records and API hold a tool's inside alone."""
+    bare, wrapped = {"name": "seek"}, {"type": "function", "function": {"name": "seek"}}
+    asked = [our_inputs(processor, {"tools": [tool], "conversations": TURNS})[0] for tool in (bare, wrapped)]
+    assert asked[0] == asked[1]
+
+
+def test_rows_of_other_formats_are_trained_as_they_are_asked(processor, clip):
+    """Other formats keep the newline after <video>; chat strips it, and so does our encoding of their rows."""
+    sampling = apply_to_processor("qwen_finetune", KEYS, processor)
+    row = {
+        "_prompt": [{"role": "user", "content": "<video>\n为什么"}],
+        "_response": [{"role": "assistant", "content": "<video> 是一个词"}],
+        **{"_system": "", "_tools": "", "_images": None, "_videos": [str(clip)], "_audios": None},
+    }
+    ids, labels = encode_conversation(row, processor.tokenizer, processor, sampling)
+    record = {"video": str(clip), "conversations": [{"from": "human", "value": "<video>为什么"}, TURNS[1]]}
+    ours, _, _ = our_inputs(processor, record)
+    length = len(ids) - sum(label != IGNORE_INDEX for label in labels)
+    assert ids[:length] == ours[:length]
+    assert answers(processor, ids, labels) == ["<video> 是一个词<|im_end|>\n"]
+
+
 def test_pads_spelled_out_in_a_text_are_refused(processor):
     pad = processor.video_token_id
     with pytest.raises(TemplateError, match="holds 1 .*video_pad.* where 0 belong"):
@@ -276,6 +299,8 @@ def test_template_for_another_model_is_named(processor):
     with pytest.raises(TemplateError, match="has no chat template"):
         check_chat_template(processor.tokenizer, thinking=False)
 
+
+TURNS = [{"from": "human", "value": "问"}, {"from": "gpt", "value": "答"}]
 
 THINKING_TEMPLATE = """
 {%- set last = namespace(query=-1) %}
@@ -306,3 +331,15 @@ def test_thinking_models_say_their_thoughts(processor):
     ids, labels, _ = our_inputs(processor, {"messages": messages}, thinking=True)
     assert ids == reference_inputs(processor, messages)["input_ids"][0].tolist()
     assert answers(processor, ids, labels) == ["答<|im_end|>\n", "想\n</think>\n\n再答<|im_end|>\n"]
+
+
+@pytest.mark.parametrize("answer", ["答", "<think>\n想\n</think>\n\n答", "<think>\n\n想"])
+def test_thinking_models_are_trained_to_go_on_from_how_they_are_asked(processor, answer):
+    """Also without a thought, whose newlines would merge with the one that ends the question."""
+    processor.chat_template = processor.tokenizer.chat_template = THINKING_TEMPLATE
+    messages = [{"role": "user", "content": "问"}, {"role": "assistant", "content": answer}]
+    ids, labels, _ = our_inputs(processor, {"messages": messages}, thinking=True)
+    asked, label, _ = our_inputs(processor, {"messages": messages}, thinking=True, generation=True)
+    assert asked == reference_inputs(processor, messages[:1], ask=True)["input_ids"][0].tolist()
+    assert ids[: len(asked)] == asked
+    assert ids[len(asked) :] == label == [token for token in labels if token != IGNORE_INDEX]

@@ -61,5 +61,5 @@ def register() -> None:
     hooks.prepare()
     _autoload()
     for name in hooks.TABLE:
-        if name in sys.modules:
+        if name in sys.modules and name not in hooks.installed:
             hooks.install(sys.modules[name])

@@ -10,6 +10,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+_BATCH = 1000  # records in hand at a time
+
 
 def check(recipe: Path, overrides: list[str]) -> int:
     """Read a recipe's data as training would, and tell what the model will be shown of it.
@@ -35,13 +37,19 @@ def check(recipe: Path, overrides: list[str]) -> int:
             return f"{row.get('_source', 'a record')}: {len(ids)} tokens, {visual} of them visual, are more than cutoff_len {cutoff}"
         return len(ids), visual
 
+    if not parts:
+        raise ValueError(f"{recipe} names no data set; give a training recipe")
     for name, part in parts.items():
-        with ThreadPoolExecutor() as pool:
-            found = list(tqdm(pool.map(measure, part), total=len(part), unit=" records", desc=f"Checking {name}"))
+        found: list[tuple[int, int] | str] = []
+        with ThreadPoolExecutor() as pool, tqdm(total=len(part), unit=" records", desc=f"Checking {name}") as bar:
+            for start in range(0, len(part), _BATCH):
+                for size in pool.map(measure, part.select(range(start, min(start + _BATCH, len(part))))):
+                    found.append(size)
+                    bar.update()
         sizes = [size for size in found if not isinstance(size, str)]
         problems = [problem for problem in found if isinstance(problem, str)]
         if sizes:
-            example = encoder.encode(next(row for row, size in zip(part, found, strict=True) if size in sizes))
+            example = encoder.encode(part[next(i for i, size in enumerate(found) if not isinstance(size, str))])
             print(f"\n{name}, as the model sees it:\n{encoder.describe(example)}")
         print(f"\n{name}: {len(part)} records")
         for title, column in (("tokens", 0), ("visual tokens", 1)):

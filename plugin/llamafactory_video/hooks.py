@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .data.loader import RecordEncoder
 
 TEMPLATE, THINKING_TEMPLATE, FORMATTING = "qwen3_vl_video", "qwen3_vl_video_thinking", "video_conversation"
+CUSTOM_OPTIMIZERS = ("use_galore", "use_apollo", "loraplus_lr_ratio", "use_badam", "use_adam_mini", "use_muon")
 SUPPORTED_VERSIONS = "0.9.5"
 
 
@@ -68,11 +69,14 @@ def _hparams_parser(parser: ModuleType) -> None:
 def _check_keys_fit_template(model_args: Any, data_args: Any) -> None:
     if data_args.template in (TEMPLATE, THINKING_TEMPLATE):
         if data_args.packing and not data_args.neat_packing:
-            raise ValueError(
-                "packing lets samples attend to each other; use `neat_packing: true` with video templates"
-            )
+            raise ValueError("packing lets samples attend to each other; use `neat_packing: true` instead")
         if data_args.tokenized_path is not None:
-            raise ValueError("tokenized_path has no use with video templates: they tokenize when a record is needed")
+            raise ValueError("tokenized_path has no use here: video templates tokenize a record when it is needed")
+        if model_args.infer_backend != "huggingface":
+            raise ValueError(
+                f"infer_backend {model_args.infer_backend} samples clips in its own way, not as the prompt tells; "
+                f"video templates work with `infer_backend: huggingface`"
+            )
         return
     given = "video_min_frames" if model_args.video_min_frames is not None else None
     given = "video_sampling" if model_args.video_sampling != "llamafactory" else given
@@ -90,7 +94,8 @@ def _record_keys(attr: Any) -> Any:
     usual = RecordKeys()
 
     def names(own: str | None, others: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(dict.fromkeys([own, *others] if own else others))
+        # A name given in dataset_info.json is the only one; those that LLaMA-Factory presets stand beside ours.
+        return others if own is None or own in others else (own,)
 
     tags = {attr.user_tag: USER, attr.assistant_tag: ASSISTANT, attr.system_tag: SYSTEM}
     tags |= {attr.observation_tag: TOOL, attr.function_tag: FUNCTION}
@@ -125,20 +130,14 @@ def _record_encoder(
 
 
 def _data_converter(converter: ModuleType) -> None:
-    """`formatting: video_conversation` for data sets from a hub; files go through `_data_loader`."""
+    """Data sets from a hub: their rows pass as JSON through LLaMA-Factory's loading, and are checked in `_data_loader`."""
+    import json
     from dataclasses import dataclass
 
     @dataclass
     class VideoConversationConverter(converter.DatasetConverter):
-        def __call__(self, example: dict[str, Any]) -> dict[str, Any]:
-            from .data.conversation import parse_record
-            from .data.loader import DatasetError, MediaFinder, to_row
-
-            keys, indent = _record_keys(self.dataset_attr), self.data_args.answer_json_indent
-            conversation, problems = parse_record(example, MediaFinder(self.data_args.media_dir), keys, indent)
-            if problems:
-                raise DatasetError(f"{self.dataset_attr}: {'; '.join(map(str, problems))}, in the record {example}")
-            return to_row(conversation, str(self.dataset_attr))
+        def __call__(self, example: Any) -> dict[str, Any]:
+            return {"_record": json.dumps(dict(example), ensure_ascii=False)}
 
     if FORMATTING not in converter.DATASET_CONVERTERS:
         converter.register_dataset_converter(FORMATTING, VideoConversationConverter)
@@ -146,27 +145,77 @@ def _data_converter(converter: ModuleType) -> None:
 
 def _data_loader(loader: ModuleType) -> None:
     """Read annotation files ourselves, and tokenize a record when it is asked for."""
-    load_single, preprocess = loader._load_single_dataset, loader._get_preprocessed_dataset
+    load_single, merge, preprocess = (
+        loader._load_single_dataset,
+        loader._get_merged_dataset,
+        loader._get_preprocessed_dataset,
+    )
+    checked: dict[str, Any] = {}
+
+    def read(dataset_attr: Any, name: str, model_args: Any, data_args: Any, training_args: Any) -> Any:
+        from datasets.exceptions import DatasetGenerationError
+
+        from .data.loader import DatasetError, check_rows, load_conversations
+
+        options = {
+            "keys": _record_keys(dataset_attr),
+            "indent": data_args.answer_json_indent,
+            "skip_wrong": data_args.skip_wrong_records,
+            "name": name,
+            "report_dir": Path(training_args.output_dir) if training_args.should_log else None,
+            "log": loader.logger.warning_rank0,
+        }
+        if dataset_attr.load_from != "file":
+            try:
+                rows = load_single(dataset_attr, model_args, data_args, training_args)
+            except DatasetGenerationError as error:
+                raise DatasetError(
+                    f"{name}: a hub's loader puts all records into one table, which cannot hold answers that are "
+                    f"objects; download the files and register them with `file_name` ({error.__cause__ or error})"
+                ) from error
+            return check_rows(rows, data_args.media_dir, **options)
+        return load_conversations(
+            Path(data_args.dataset_dir, dataset_attr.dataset_name),
+            data_args.media_dir,
+            cache_dir=model_args.cache_dir,
+            refresh=data_args.overwrite_cache and training_args.local_process_index == 0,
+            progress=training_args.should_log,
+            **options,
+        )
+
+    def _get_merged_dataset(
+        dataset_names: Any,
+        model_args: Any,
+        data_args: Any,
+        training_args: Any,
+        stage: str,
+        return_dict: bool = False,
+    ) -> Any:
+        """Check all data sets, those for evaluation too, before any is used: all that is wrong is said at once."""
+        from .data.loader import DatasetError
+
+        if dataset_names is data_args.dataset:  # the first of two calls; the second is for evaluation
+            checked.clear()
+            names = [*(data_args.dataset or ()), *(data_args.eval_dataset or ())]
+            errors = []
+            for name, attr in zip(names, loader.get_dataset_list(names, data_args.dataset_dir), strict=True):
+                if attr.formatting == FORMATTING and str(attr) not in checked:
+                    try:
+                        checked[str(attr)] = read(attr, name, model_args, data_args, training_args)
+                    except DatasetError as error:
+                        errors.append(str(error))
+            if errors:
+                raise DatasetError("\n\n".join(errors))
+        return merge(dataset_names, model_args, data_args, training_args, stage, return_dict)
 
     def _load_single_dataset(dataset_attr: Any, model_args: Any, data_args: Any, training_args: Any) -> Any:
-        if dataset_attr.formatting != FORMATTING or dataset_attr.load_from != "file":
+        if dataset_attr.formatting != FORMATTING:
             return load_single(dataset_attr, model_args, data_args, training_args)
         import numpy as np
 
-        from .data.loader import load_conversations
-
-        dataset = load_conversations(
-            Path(data_args.dataset_dir, dataset_attr.dataset_name),
-            data_args.media_dir,
-            _record_keys(dataset_attr),
-            data_args.answer_json_indent,
-            skip_wrong=data_args.skip_wrong_records,
-            report_dir=Path(training_args.output_dir),
-            cache_dir=model_args.cache_dir,
-            refresh=data_args.overwrite_cache and training_args.local_process_index == 0,
-            log=loader.logger.warning_rank0,
-            progress=training_args.should_log,
-        )
+        dataset = checked.pop(str(dataset_attr), None)
+        if dataset is None:
+            dataset = read(dataset_attr, str(dataset_attr), model_args, data_args, training_args)
         count = dataset_attr.num_samples
         if count is not None and not data_args.streaming:
             # As LLaMA-Factory does: all records once, then drawn again at random if more are wanted.
@@ -177,7 +226,9 @@ def _data_loader(loader: ModuleType) -> None:
             dataset = dataset.select(range(min(data_args.max_samples, len(dataset))))
         loader.logger.info_rank0(f"Data set {dataset_attr}: {len(dataset)} records.")
         if data_args.streaming:
-            return dataset.to_iterable_dataset(num_shards=max(1, training_args.dataloader_num_workers))
+            return dataset.to_iterable_dataset(
+                num_shards=min(len(dataset), max(1, training_args.dataloader_num_workers))
+            )
         return dataset
 
     def _get_preprocessed_dataset(
@@ -195,9 +246,14 @@ def _data_loader(loader: ModuleType) -> None:
             return preprocess(dataset, data_args, training_args, stage, template, tokenizer, processor, is_eval)
         generation = training_args.predict_with_generate and is_eval
         encoder = _record_encoder(template, tokenizer, processor, data_args, generation)
+        first = next(iter(dataset), None)
+        if first is None:
+            raise ValueError("the data set is empty; check max_samples and val_size")
         if data_args.streaming:
-            columns = list(next(iter(dataset)))
-            dataset = dataset.map(encoder.encode, remove_columns=columns)
+            dataset = dataset.map(encoder.encode, remove_columns=list(first))
+            # Each process reads its own batches. Accelerate's other way, one process reading for all, cuts every
+            # tensor to the batch size, patches too.
+            training_args.accelerator_config.dispatch_batches = False
         else:
             dataset = dataset.with_transform(encoder)
         if training_args.should_log:
@@ -205,6 +261,7 @@ def _data_loader(loader: ModuleType) -> None:
         return dataset
 
     _replace(loader, "_load_single_dataset", _load_single_dataset)
+    _replace(loader, "_get_merged_dataset", _get_merged_dataset)
     _replace(loader, "_get_preprocessed_dataset", _get_preprocessed_dataset)
 
 
@@ -216,13 +273,20 @@ def _data_packing(supervised: ModuleType) -> None:
 
     @dataclass
     class PackedSupervisedDatasetProcessor(stock):
+        def preprocess_dataset(self, examples: dict[str, list[Any]]) -> dict[str, list[Any]]:
+            if hasattr(self.template, "thinking"):
+                encoder = _record_encoder(self.template, self.tokenizer, self.processor, self.data_args)
+                rows = [dict(zip(examples, values, strict=True)) for values in zip(*examples.values(), strict=True)]
+                self.encoded = iter([encoder.encode(row) for row in rows])
+                # The stock method drops conversations whose turns do not alternate, such as two results of tools.
+                examples = {**examples, "_prompt": [[{}]] * len(rows), "_response": [[{}]] * len(rows)}
+            return super().preprocess_dataset(examples)
+
         def _encode_data_example(self, prompt, response, system, tools, images, videos, audios):
             if not hasattr(self.template, "thinking"):
                 return super()._encode_data_example(prompt, response, system, tools, images, videos, audios)
-            encoder = _record_encoder(self.template, self.tokenizer, self.processor, self.data_args)
-            row = {"_prompt": prompt, "_response": response, "_system": system, "_tools": tools}
-            encoded = encoder.encode({**row, "_images": images, "_videos": videos})
-            return encoded["input_ids"], encoded["labels"]
+            sample = next(self.encoded)
+            return sample["input_ids"], sample["labels"]
 
     _replace(supervised, "PackedSupervisedDatasetProcessor", PackedSupervisedDatasetProcessor)
 
@@ -245,29 +309,21 @@ def _data_mm_plugin(mm_plugin: ModuleType) -> None:
     @dataclass
     class Qwen3VLVideoPlugin(mm_plugin.BasePlugin):
         def process_messages(self, messages, images, videos, audios, processor):
-            from .data.conversation import IMAGE_PLACEHOLDER, USER, VIDEO_PLACEHOLDER, strip_around_placeholders
-            from .model.template import TemplateError, place_media
+            from .data.conversation import IMAGE_PLACEHOLDER, TOOL, USER, VIDEO_PLACEHOLDER
+            from .model.template import TemplateError, place_messages
             from .video.clip import buffer_stream, plan_clip
 
             self._validate_input(processor, images, videos, audios)
-            videos[:] = [buffer_stream(video) for video in videos]
-            plans = [plan_clip(video, _frame_sampling(processor)) for video in videos]
-            text = "".join(message["content"] for message in messages)
+            if isinstance(videos, list):  # the same list comes again for the pixels, and a stream is read only once
+                videos[:] = [buffer_stream(video) for video in videos]
+            text = "".join(message["content"] for message in messages if message["role"] in (USER, TOOL))
+            if not images and not videos and (VIDEO_PLACEHOLDER in text or IMAGE_PLACEHOLDER in text):
+                return [dict(message) for message in messages]  # a text about tags, not a place for a clip
             for mark, given in ((VIDEO_PLACEHOLDER, videos), (IMAGE_PLACEHOLDER, images)):
                 if text.count(mark) != len(given):
                     raise TemplateError(f"{text.count(mark)} {mark} in the messages and {len(given)} given with them")
-            return [
-                {
-                    **message,
-                    "content": place_media(
-                        strip_around_placeholders(message["content"])
-                        if message["role"] == USER
-                        else message["content"],
-                        plans,
-                    ),
-                }
-                for message in messages
-            ]
+            plans = [plan_clip(video, _frame_sampling(processor)) for video in videos]
+            return place_messages(messages, plans, strip=True)
 
         def process_token_ids(self, input_ids, labels, images, videos, audios, tokenizer, processor):
             from .model.template import count_image_tokens, expand_pads
@@ -397,9 +453,10 @@ def _model_patcher(patcher: ModuleType) -> None:
 
 def _model_visual(visual: ModuleType) -> None:
     """The projector is all that is named merger, as in the official trainer; stock counts deepstack as vision."""
-    model = visual.COMPOSITE_MODELS["qwen3_vl"]
-    model.projector_keys = ["visual.merger", "visual.deepstack_merger_list"]
-    model.vision_model_keys = ["visual.pos_embed", "visual.patch_embed", "visual.blocks"]
+    for model_type in ("qwen3_vl", "qwen3_vl_moe"):
+        model = visual.COMPOSITE_MODELS[model_type]
+        model.projector_keys = ["visual.merger", "visual.deepstack_merger_list"]
+        model.vision_model_keys = ["visual.pos_embed", "visual.patch_embed", "visual.blocks"]
 
 
 def _sft_trainer(trainer: ModuleType) -> None:
@@ -408,6 +465,8 @@ def _sft_trainer(trainer: ModuleType) -> None:
 
     class CustomSeq2SeqTrainer(stock):
         def save_predictions(self, dataset: Any, predict_results: Any, skip_special_tokens: bool = True) -> None:
+            if not self.is_world_process_zero():
+                return
             prompts = {"input_ids": [sample["input_ids"] for sample in dataset]}
             super().save_predictions(prompts, predict_results, skip_special_tokens)
 
@@ -424,9 +483,10 @@ def _train_optimizer(trainer_utils: ModuleType) -> None:
         if vision is None and projector is None:
             return custom
         if custom is not None:
+            asked = [key for key in CUSTOM_OPTIMIZERS if getattr(finetuning_args, key, None)]
             raise ValueError(
-                f"vision_tower_lr and mm_projector_lr do not work with {type(custom).__name__}, which makes its own "
-                "groups of parameters; remove them, or the key that asks for that optimizer"
+                f"vision_tower_lr and mm_projector_lr do not work with {', '.join(asked)}, which makes its own groups "
+                "of parameters; remove one or the other"
             )
         from transformers import Trainer
 
@@ -495,6 +555,8 @@ def recipe_data(recipe: Path, overrides: list[str]) -> tuple[dict[str, Any], "Re
     from llamafactory.hparams import get_train_args, read_args
     from llamafactory.model import load_tokenizer
 
+    from .data.loader import DatasetError
+
     sys.argv = ["lmf-video", str(recipe), *overrides]
     # What needs a GPU or several processes has no part in the data.
     args = {**read_args(), "deepspeed": None, "bf16": False, "fp16": False, "use_cpu": True, "streaming": False}
@@ -504,16 +566,21 @@ def recipe_data(recipe: Path, overrides: list[str]) -> tuple[dict[str, Any], "Re
     module = load_tokenizer(model_args)
     template = get_template_and_fix_tokenizer(module["tokenizer"], data_args)
     names = [*(data_args.dataset or ()), *(data_args.eval_dataset or ())]
-    parts = {
-        name: _load_single_dataset(attr, model_args, data_args, training_args)
-        for name, attr in zip(names, get_dataset_list(names, data_args.dataset_dir), strict=True)
-    }
+    parts, errors = {}, []
+    for name, attr in zip(names, get_dataset_list(names, data_args.dataset_dir), strict=True):
+        try:
+            parts[name] = _load_single_dataset(attr, model_args, data_args, training_args)
+        except DatasetError as error:
+            errors.append(str(error))
+    if errors:
+        raise DatasetError("\n\n".join(errors))
     return parts, _record_encoder(template, module["tokenizer"], module["processor"], data_args)
 
 
 # --- The table -------------------------------------------------------------------------------------------------------
 
-# module -> (names needed there, each with the parameters that are used; what is installed once it is imported)
+# module -> (what is needed there, what is installed once it is imported). Needed are names, with the parameters that
+# are used, methods as Class.method, and words of the source that are no names.
 TABLE: dict[str, tuple[dict[str, str], Callable[[ModuleType], None]]] = {
     "llamafactory.hparams.parser": (
         {
@@ -532,34 +599,70 @@ TABLE: dict[str, tuple[dict[str, str], Callable[[ModuleType], None]]] = {
         _data_converter,
     ),
     "llamafactory.data.mm_plugin": (
-        {"register_mm_plugin": "name plugin_class", "PLUGINS": "", "BasePlugin": ""},
+        {
+            "register_mm_plugin": "name plugin_class",
+            "PLUGINS": "",
+            "BasePlugin.process_messages": "messages images videos audios processor",
+            "BasePlugin.process_token_ids": "input_ids labels images videos audios tokenizer processor",
+            "BasePlugin.get_mm_inputs": "images videos audios imglens vidlens audlens batch_ids processor",
+            "MMPluginMixin._validate_input": "processor images videos audios",
+        },
         _data_mm_plugin,
     ),
     "llamafactory.data.template": (
-        {"register_template": "name mm_plugin template_class", "TEMPLATES": "", "Template": "", "get_mm_plugin": ""},
+        {
+            "register_template": "name mm_plugin template_class",
+            "TEMPLATES": "",
+            "Template.encode_oneturn": "tokenizer messages system tools",
+            "Template.encode_multiturn": "tokenizer messages system tools",
+            "Template.fix_jinja_template": "tokenizer",
+            "get_mm_plugin": "",
+            'name="qwen3_vl"': "",
+        },
         _data_template,
     ),
-    "llamafactory.data.processor.supervised": ({"PackedSupervisedDatasetProcessor": ""}, _data_packing),
-    "llamafactory.data.collator": ({"SFTDataCollatorWith4DAttentionMask": ""}, _data_collator),
+    "llamafactory.data.processor.supervised": (
+        {
+            "PackedSupervisedDatasetProcessor.preprocess_dataset": "examples",
+            "SupervisedDatasetProcessor._encode_data_example": "prompt response system tools images videos audios",
+        },
+        _data_packing,
+    ),
+    "llamafactory.data.collator": ({"SFTDataCollatorWith4DAttentionMask.__call__": "features"}, _data_collator),
     "llamafactory.data.loader": (
         {
             "_load_single_dataset": "dataset_attr model_args data_args training_args",
+            "_get_merged_dataset": "dataset_names model_args data_args training_args stage return_dict",
+            "get_dataset_list": "",
             "_get_preprocessed_dataset": "dataset data_args training_args stage template tokenizer processor is_eval",
             "logger": "",
         },
         _data_loader,
     ),
     "llamafactory.model.patcher": ({"patch_processor": "processor tokenizer model_args"}, _model_patcher),
-    "llamafactory.model.model_utils.visual": ({"COMPOSITE_MODELS": ""}, _model_visual),
+    "llamafactory.model.model_utils.visual": (
+        {
+            "COMPOSITE_MODELS": "",
+            "CompositeModel": "",
+            'model_type="qwen3_vl"': "",
+            'model_type="qwen3_vl_moe"': "",
+            "projector_keys: list": "",
+            "vision_model_keys: list": "",
+        },
+        _model_visual,
+    ),
     "llamafactory.train.trainer_utils": (
         {"create_custom_optimizer": "model training_args finetuning_args", "logger": ""},
         _train_optimizer,
     ),
-    "llamafactory.train.sft.trainer": ({"CustomSeq2SeqTrainer": ""}, _sft_trainer),
-    "llamafactory.chat.chat_model": ({"run_chat": "", "ChatModel": ""}, _chat_model),
+    "llamafactory.train.sft.trainer": (
+        {"CustomSeq2SeqTrainer.save_predictions": "dataset predict_results skip_special_tokens"},
+        _sft_trainer,
+    ),
+    "llamafactory.chat.chat_model": ({"run_chat": "", "ChatModel.stream_chat": "messages videos"}, _chat_model),
 }
 
-_installed: set[str] = set()
+installed: set[str] = set()
 
 
 def _replace(module: ModuleType, name: str, new: Any) -> None:
@@ -572,18 +675,27 @@ def _replace(module: ModuleType, name: str, new: Any) -> None:
 
 
 def _defined_names(source: str) -> dict[str, set[str] | None]:
-    """Names at the top level of a module's source; of functions with their parameters, else None."""
+    """Names in a module's source, methods as Class.method; of functions with their parameters, else None."""
     names: dict[str, set[str] | None] = {}
-    for node in ast.parse(source).body:
+
+    def take(node: ast.AST, prefix: str) -> None:
         if isinstance(node, ast.FunctionDef):
-            names[node.name] = {argument.arg for argument in [*node.args.args, *node.args.kwonlyargs]}
+            names[prefix + node.name] = {argument.arg for argument in [*node.args.args, *node.args.kwonlyargs]}
         elif isinstance(node, ast.ClassDef):
             names[node.name] = None
+            for child in node.body:
+                take(child, f"{node.name}.")
         elif isinstance(node, ast.ImportFrom | ast.Import):
             names.update({alias.asname or alias.name: None for alias in node.names})
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             names.update({target.id: None for target in targets if isinstance(target, ast.Name)})
+        elif isinstance(node, ast.If | ast.Try):
+            for child in ast.iter_child_nodes(node):
+                take(child, prefix)
+
+    for node in ast.parse(source).body:
+        take(node, "")
     return names
 
 
@@ -596,10 +708,13 @@ def check_places(root: Path) -> None:
     """
     for module, (needed, _) in TABLE.items():
         file = root.joinpath(*module.split(".")[1:]).with_suffix(".py")
-        found = _defined_names(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        source = file.read_text(encoding="utf-8") if file.is_file() else ""
+        found = _defined_names(source)
         for name, parameters in needed.items():
-            missing = name if name not in found else None
-            if missing is None and found[name] is not None:
+            missing = (
+                name if name not in found and (name.replace(".", "").isidentifier() or name not in source) else None
+            )
+            if missing is None and found.get(name) is not None:
                 missing = next((f"{name}({p}=…)" for p in parameters.split() if p not in found[name]), None)
             if missing:
                 from importlib.metadata import version
@@ -618,7 +733,6 @@ def prepare() -> None:
 
 
 def install(module: ModuleType) -> None:
-    """Install into a module of the table that has just been imported; the second time nothing is done."""
-    if module.__name__ not in _installed:
-        _installed.add(module.__name__)
-        TABLE[module.__name__][1](module)
+    """Install into a module of the table that has just run."""
+    TABLE[module.__name__][1](module)
+    installed.add(module.__name__)

@@ -11,6 +11,7 @@ A record is a JSON object with turns and the clips and images that they show:
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -57,26 +58,36 @@ class RawNumber(float):
         return RawNumber, (self.text,)
 
 
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
+class RecordDecoder(json.JSONDecoder):
+    """Reads JSON values, numbers as `RawNumber`.
 
+    What is not JSON and yet can be read past (NaN, a key twice in one object) goes into `problems`, so that one wrong
+    record does not hide those after it.
+    """
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = dict(pairs)
-    if len(keys) != len(pairs):
-        names = [key for key, _ in pairs]
-        twice = next(key for key in names if names.count(key) > 1)
-        raise ValueError(f"the key {json.dumps(twice, ensure_ascii=False)} stands twice in one object")
-    return keys
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+        super().__init__(
+            parse_float=RawNumber,
+            parse_int=RawNumber,
+            parse_constant=self._constant,
+            object_pairs_hook=self._unique_keys,
+        )
 
+    def _constant(self, name: str) -> None:
+        self.problems.append(f"{name} is not JSON")
 
-JSON_DECODER = json.JSONDecoder(
-    parse_float=RawNumber, parse_int=RawNumber, parse_constant=_no_constant, object_pairs_hook=_unique_keys
-)
+    def _unique_keys(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = dict(pairs)
+        if len(keys) != len(pairs):
+            names = [key for key, _ in pairs]
+            twice = next(key for key in names if names.count(key) > 1)
+            self.problems.append(f"the key {json.dumps(twice, ensure_ascii=False)} stands twice in one object")
+        return keys
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
-    """JSON text of a value read by `JSON_DECODER`: its author's keys, order, numbers and characters.
+    """JSON text of a value read by `RecordDecoder`: its author's keys, order, numbers and characters.
 
     Args:
         indent: spaces for each level, or None for one line.
@@ -142,9 +153,10 @@ class Clip:
 
 def decode_clip(text: str) -> Clip:
     """The clip that `Clip.encode` wrote."""
-    if not text.startswith("{"):
-        return Clip(path=text)
-    given = json.loads(text)
+    try:
+        given = json.loads(text) if text.startswith("{") else {"path": text}
+    except json.JSONDecodeError:  # a path typed into chat that begins with a brace
+        given = {"path": text}
     return Clip(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
 
 
@@ -193,6 +205,23 @@ class RecordKeys:
     roles: tuple[tuple[str, str], ...] = tuple(ROLES.items())
 
 
+def read_json(text: str) -> tuple[Any, list[str]]:
+    """A JSON value, and what is wrong with it; the value holds only if nothing is."""
+    decoder = RecordDecoder()
+    try:
+        value = decoder.decode(text)
+        # A lone surrogate (\ud800) is JSON, but no text: it could be neither stored nor tokenized.
+        if "\\u" in text:
+            json_text(value).encode()
+        return value, decoder.problems
+    except UnicodeEncodeError:
+        return None, ["holds half a surrogate pair (\\ud800 … \\udfff), which is no character"]
+    except RecursionError:
+        return None, ["nested too deeply"]
+    except json.JSONDecodeError as error:
+        return None, [f"not JSON: {error.msg} at character {error.pos}"]
+
+
 def show(value: Any, limit: int = 60) -> str:
     """A value as it looks in an error message."""
     text = json_text(value) if isinstance(value, dict | list | str | bool | RawNumber | None) else repr(value)
@@ -219,7 +248,7 @@ class _RecordParser:
 
     def pick(self, record: dict, names: tuple[str, ...], where: str = "") -> tuple[str, Any]:
         """The one field of `names` that the record has, as (name, value); value None if it has none."""
-        present = [name for name in names if record.get(name) is not None]
+        present = [name for name in names if record.get(name) not in (None, [])]
         if len(present) > 1:
             self.wrong(where + present[1], f"stands beside {present[0]}", "keep one of the two")
         return (present[0], record[present[0]]) if present else (names[0], None)
@@ -227,9 +256,9 @@ class _RecordParser:
     def number(self, value: Any, field: str, least: float, whole: bool) -> float | int | None:
         if value is None:
             return None
-        if not isinstance(value, int | float) or isinstance(value, bool) or (whole and value != int(value)):
+        if not isinstance(value, int | float) or isinstance(value, bool) or (whole and value % 1):
             self.wrong(field, show(value), "a whole number is needed" if whole else "a number is needed")
-        elif value < least:
+        elif not least <= value < math.inf:
             self.wrong(field, show(value), f"it must be at least {least:g}")
         else:
             return int(value) if whole else float(value)
@@ -302,6 +331,7 @@ class _RecordParser:
     def content_items(self, items: list, field: str, images: list, videos: list) -> str:
         """Content in the OpenAI style, a list of text, image and video items, as text with placeholders."""
         text = ""
+        names = {"video_start": "start", "video_end": "end"}
         for i, item in enumerate(items):
             where = f"{field}[{i}]"
             kind = item.get("type") if isinstance(item, dict) else None
@@ -314,24 +344,36 @@ class _RecordParser:
             elif kind in ("image", "image_url"):
                 value = item.get(kind)
                 value = value.get("url") if isinstance(value, dict) else value
+                for key in item.keys() - {"type", kind}:
+                    self.wrong(f"{where}.{key}", "unknown setting", "images have no settings of their own")
                 images.append(self.media_path(value, f"{where}.{kind}", "picture"))
                 text += IMAGE_PLACEHOLDER
             elif kind in ("video", "video_url"):
                 value = item.get(kind)
                 value = value.get("url") if isinstance(value, dict) and "url" in value else value
-                videos.append(self.clip(value, f"{where}.{kind}"))
+                # Settings may stand beside the clip, as in messages for qwen-vl-utils.
+                settings = {names.get(key, key): item[key] for key in item if key not in ("type", kind)}
+                if settings and not isinstance(value, dict):
+                    value = {"frames" if isinstance(value, list) else "path": value}
+                videos.append(self.clip({**value, **settings} if settings else value, f"{where}.{kind}"))
                 text += VIDEO_PLACEHOLDER
             else:
                 self.wrong(where, show(item), 'an item {"type": "text"|"image"|"video", …} is needed')
         return text
 
     def turn_text(self, role: str, value: Any, field: str, images: list, videos: list) -> str:
-        if role in (ASSISTANT, FUNCTION) and value is not None and not isinstance(value, str):
-            # Only OpenAI's `content` is a list of items; elsewhere a list is the answer itself.
-            items = value if isinstance(value, list) and value and field.endswith(".content") else [None]
-            if all(isinstance(item, dict) and item.get("type") == "text" and len(item) == 2 for item in items):
-                return "".join(str(item.get("text")) for item in items)
+        # Only OpenAI's `content` is a list of items; elsewhere an assistant's list is the answer itself.
+        as_items = isinstance(value, list) and field.endswith(".content")
+        if as_items and role in (ASSISTANT, SYSTEM) and any(isinstance(i, dict) and "type" in i for i in value):
+            texts = [item.get("text") if isinstance(item, dict) and item["type"] == "text" else None for item in value]
+            if all(isinstance(text, str) for text in texts):
+                return "".join(texts)
+            self.wrong(field, show(value), 'items {"type": "text", "text": …} alone are needed here')
+            return ""
+        if role == ASSISTANT and value is not None and not isinstance(value, str):
             return json_text(value, self.indent)
+        if role == FUNCTION and value is not None:
+            return self.function_text(value, field)
         if isinstance(value, list) and role != SYSTEM:
             return self.content_items(value, field, images, videos)
         if not isinstance(value, str):
@@ -360,27 +402,45 @@ class _RecordParser:
                 self.wrong(f"{where}.{role_key}", found, f"known are {', '.join(roles)}")
                 continue
             field = f"{where}.{content_key}"
-            if value is None and turn.get("tool_calls"):
-                role, value = FUNCTION, self.tool_calls(turn["tool_calls"], f"{where}.tool_calls")
+            if turn.get("reasoning_content"):
+                self.wrong(f"{where}.reasoning_content", "a thought", "write it into the content: <think>…</think>…")
+            if turn.get("tool_calls"):
+                said = self.turn_text(role, value, field, images, videos) if value else ""
+                role, field, value = (
+                    FUNCTION,
+                    f"{where}.tool_calls",
+                    {"content": said, "tool_calls": turn["tool_calls"]},
+                )
             text = self.turn_text(role, value, field, images, videos)
             if not text.strip() and not any(problem.field == field for problem in self.problems):
                 self.wrong(field, "empty", "a text is needed")
             if role not in (USER, TOOL) and any(mark in text for mark in (IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER)):
                 self.wrong(field, f"a placeholder in a {role_name} turn", "clips and images are shown in human turns")
-            for token in LAYOUT_TOKENS:
-                if token in text:
-                    self.wrong(field, f"holds {token}", "this token lays out the prompt; remove it from the text")
+            self.check_layout(field, text)
             messages.append((role, text))
         self.check_order([role for role, _ in messages], name)
         return messages
 
-    def tool_calls(self, calls: Any, field: str) -> list:
-        """OpenAI's tool_calls as LLaMA-Factory's list of {"name", "arguments"}."""
+    def check_layout(self, field: str, text: str) -> None:
+        for token in LAYOUT_TOKENS:
+            if token in text:
+                self.wrong(field, f"holds {token}", "this token lays out the prompt; remove it from the text")
+
+    def function_text(self, value: Any, field: str) -> str:
+        """A function_call turn, or OpenAI's tool_calls, as JSON text {"content": …, "tool_calls": [{"function": …}]}."""
+        turn = value
+        if isinstance(value, str):
+            turn, problems = read_json(value)
+            if problems:
+                self.wrong(field, f"{show(value)}: {problems[0]}", "JSON of a call is needed")
+                return value
+        if not (isinstance(turn, dict) and "tool_calls" in turn):
+            turn = {"content": "", "tool_calls": turn if isinstance(turn, list) else [turn]}
+        calls = turn["tool_calls"] if isinstance(turn["tool_calls"], list) else [None]
         functions = [call.get("function", call) if isinstance(call, dict) else None for call in calls]
-        if not all(isinstance(function, dict) and "name" in function for function in functions):
-            self.wrong(field, show(calls), 'a list of {"function": {"name": …, "arguments": …}} is needed')
-            return []
-        return [{"name": f["name"], "arguments": f.get("arguments", {})} for f in functions]
+        if not all(isinstance(f, dict) and isinstance(f.get("name"), str) and "arguments" in f for f in functions):
+            self.wrong(field, show(value), 'calls {"name": …, "arguments": {…}} are needed')
+        return json_text({"content": turn["content"], "tool_calls": [{"function": f} for f in functions]})
 
     def check_order(self, roles: list[str], name: str) -> None:
         offset = 1 if roles[:1] == [SYSTEM] else 0
@@ -447,8 +507,14 @@ class _RecordParser:
             system, messages = messages[0][1], messages[1:]
         if system is not None and not isinstance(system, str):
             self.wrong(self.keys.system[0], show(system), "a text is needed")
+            system = None
+        self.check_layout(self.keys.system[0], system or "")
         _, tools = self.pick(record, self.keys.tools)
-        tools = "" if not tools else tools if isinstance(tools, str) else json_text(tools)
+        listed, problems = read_json(tools) if isinstance(tools, str) and tools else (tools or [], [])
+        if problems or not isinstance(listed, list) or not all(isinstance(tool, dict) for tool in listed):
+            self.wrong(self.keys.tools[0], show(tools), "a list of tools, or its JSON text, is needed")
+        tools = json_text(listed) if listed else ""
+        self.check_layout(self.keys.tools[0], tools)
         return Conversation(messages, images, videos, system or "", tools)
 
 
@@ -461,7 +527,7 @@ def parse_record(
     """Check a record and make a conversation of it.
 
     Args:
-        record: what `JSON_DECODER` read.
+        record: what `RecordDecoder` read.
         find: gives the path at which a record's path is found, or None if there is no such file.
         keys: names of the record's fields.
         indent: for answers that are JSON values: spaces a level, or None for one line.

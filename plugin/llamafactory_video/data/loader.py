@@ -3,27 +3,31 @@
 Records are read as a stream and written to an Arrow file in the Hugging Face datasets cache, keyed by the
 annotation files' paths, sizes and times and by the settings. The table is memory-mapped: 200,000 records or a
 million take the same memory, and the processes of a run share it. Nothing is expanded ahead: token ids are made
-when a record is asked for (`ConversationEncoder`), so no disk or memory goes to visual tokens.
+when a record is asked for (`RecordEncoder`), so no disk or memory goes to visual tokens.
 """
 
 import codecs
+import contextlib
 import hashlib
 import json
 import os
 import re
+import tempfile
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow as pa
+from jinja2 import TemplateError as JinjaError
 from tqdm import tqdm
 
 from .. import __version__
 from ..video.probe import ClipError
 from ..video.sampling import Sampling
-from .conversation import JSON_DECODER, Conversation, Problem, RecordKeys, parse_record
+from .conversation import Conversation, Problem, RecordDecoder, RecordKeys, parse_record, read_json
 
 # LLaMA-Factory's columns of an aligned dataset, so that ours can be mixed with others, and where a record came from.
 FEATURES = datasets.Features(
@@ -56,22 +60,25 @@ class RawRecord:
     line: int
     value: Any = None
     error: str | None = None
+    is_last: bool = False  # nothing after it can be read
 
     @property
     def place(self) -> str:
-        return f"{self.file}, record {self.number} (line {self.line})"
+        return f"{self.file}, record {self.number}" + (f" (line {self.line})" if self.line else "")
 
 
 @dataclass
 class WrongRecords:
     """What is wrong with a data set, for a person to read."""
 
-    places: list[str] = field(default_factory=list)
+    records: int = 0
     lines: list[str] = field(default_factory=list)
+    cut_off: bool = False  # a file could not be read to its end
 
     def add(self, record: RawRecord, problems: list[Problem]) -> None:
-        self.places.append(record.place)
+        self.records += 1
         self.lines.extend(f"{record.place}: {problem}" for problem in problems)
+        self.cut_off |= record.is_last
 
     def text(self, report: Path | None) -> str:
         shown = "\n".join(f"  {line}" for line in self.lines[:_SHOWN])
@@ -107,50 +114,38 @@ def _read_text(file: Path) -> Iterator[str]:
 def read_records(file: Path) -> Iterator[RawRecord]:
     """The records of one file, in order: a JSON array, or one JSON value on each line.
 
-    A line that is not JSON is one wrong record. In an array nothing can be read after such a place, and the last
-    record says so.
+    A record that is wrong in itself is one wrong record. Where the rest of a file cannot be read, the last record
+    says so.
     """
     try:
         yield from _read_array(file) if _first_character(file) == "[" else _read_lines(file)
     except UnicodeDecodeError as error:
-        yield RawRecord(
-            file, 0, 0, error=f"not UTF-8 ({error.reason} at byte {error.start} of a chunk); save it as UTF-8"
-        )
+        yield RawRecord(file, 0, 0, error=f"not UTF-8 ({error.reason}); save the file as UTF-8", is_last=True)
 
 
 def _first_character(file: Path) -> str:
-    for text in _read_text(file):
-        if text.strip():
-            return text.strip()[0]
-    return ""
-
-
-def _decode(text: str) -> tuple[Any, str | None]:
-    try:
-        value = JSON_DECODER.decode(text)
-        # A lone surrogate (\\ud800) is JSON, but no text: it could be neither stored nor tokenized.
-        if "\\u" in text:
-            json.dumps(value, ensure_ascii=False).encode()
-        return value, None
-    except UnicodeEncodeError:
-        return None, "holds half a surrogate pair (\\ud800 … \\udfff), which is no character"
-    except RecursionError:
-        return None, "nested too deeply"
-    except json.JSONDecodeError as error:
-        return None, f"not JSON: {error.msg} at character {error.pos}"
-    except ValueError as error:
-        return None, f"not JSON: {error}"
+    with file.open("rb") as stream:
+        return stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1].decode("ascii", "replace")
 
 
 def _read_lines(file: Path) -> Iterator[RawRecord]:
     number = 0
-    # Split at \n alone: str.splitlines would also split inside texts, at U+2028 and others.
-    with file.open(encoding="utf-8-sig", newline="\n") as stream:
-        for line, text in enumerate(stream, start=1):
-            if text.strip():
-                number += 1
-                value, error = _decode(text.strip())
-                yield RawRecord(file, number, line, value, error)
+    # Lines end at \n alone: str.splitlines would also split inside texts, at U+2028 and others.
+    with file.open("rb") as stream:
+        for line, raw in enumerate(stream, start=1):
+            if not (raw := raw.removeprefix(codecs.BOM_UTF8).strip() if line == 1 else raw.strip()):
+                continue
+            number += 1
+            try:
+                value, problems = read_json(raw.decode())
+            except UnicodeDecodeError as error:
+                value, problems = None, [f"not UTF-8 ({error.reason}); save it as UTF-8"]
+            is_last = bool(problems) and number == 1 and file.suffix == ".json"
+            if is_last:
+                problems.append("a .json file holds an array of records, or one record on each line")
+            yield RawRecord(file, number, line, value, "; ".join(problems) or None, is_last)
+            if is_last:
+                return
 
 
 def _read_array(file: Path) -> Iterator[RawRecord]:
@@ -178,33 +173,37 @@ def _read_array(file: Path) -> Iterator[RawRecord]:
                 return buffer[position : position + 1]
             refill()
 
+    def unreadable(number: int, line: int, error: str) -> RawRecord:
+        return RawRecord(file, number, line, error=f"{error}; nothing after it was read", is_last=True)
+
+    decoder = RecordDecoder()
     blanks = " \t\r\n"
-    skip(blanks)
+    skip(blanks + codecs.BOM_UTF8.decode())
     position += 1  # the opening bracket
     following = skip(blanks)
     while following not in ("]", ""):
         number += 1
         while True:
+            decoder.problems = []
             try:
-                value, end = JSON_DECODER.raw_decode(buffer, position)
+                value, end = decoder.raw_decode(buffer, position)
                 # A number or a word at the end of the buffer may go on in the next chunk.
                 if end < len(buffer) or ended:
                     break
             except RecursionError:
-                yield RawRecord(file, number, line, error="nested too deeply; nothing after it was read")
+                yield unreadable(number, line, "nested too deeply")
                 return
-            except ValueError as error:
+            except json.JSONDecodeError as error:
                 if ended:
-                    reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-                    at = line + buffer.count("\n", position, getattr(error, "pos", position))
-                    yield RawRecord(
-                        file, number, line, error=f"not JSON: {reason} (line {at}); nothing after it was read"
-                    )
+                    at = line + buffer.count("\n", position, error.pos)
+                    yield unreadable(number, line, f"not JSON: {error.msg} (line {at})")
                     return
             refill()
         text = buffer[position:end]
-        problem = _decode(text)[1] if "\\u" in text else None
-        yield RawRecord(file, number, line, value, problem)
+        problems = decoder.problems
+        if not problems and "\\u" in text:
+            problems = read_json(text)[1]
+        yield RawRecord(file, number, line, value, "; ".join(problems) or None)
         line += text.count("\n")
         position = end
         following = skip(blanks)
@@ -212,22 +211,18 @@ def _read_array(file: Path) -> Iterator[RawRecord]:
             position += 1
             following = skip(blanks)
             if following == "]":
-                yield RawRecord(file, number + 1, line, error="a comma before the closing bracket; remove it")
+                yield unreadable(number + 1, line, "a comma before the closing bracket")
                 return
         elif following != "]":
             found = f"{following!r}" if following else "the end of the file"
-            yield RawRecord(
-                file, number + 1, line, error=f"expected , or ] and found {found}; nothing after it was read"
-            )
+            yield unreadable(number + 1, line, f"expected , or ] and found {found}")
             return
     if following == "":
-        yield RawRecord(file, number + 1, line, error="the array does not end: ] is missing; the file may be cut off")
+        yield unreadable(number + 1, line, "the array does not end: ] is missing; the file may be cut off")
         return
     position += 1
     if rest := skip(blanks):
-        yield RawRecord(
-            file, number + 1, line, error=f"{rest!r} after the end of the array; nothing after it was read"
-        )
+        yield unreadable(number + 1, line, f"{rest!r} after the end of the array")
 
 
 class MediaFinder:
@@ -283,6 +278,7 @@ def load_conversations(
     keys: RecordKeys = RecordKeys(),  # noqa: B008 - frozen
     indent: int | None = None,
     skip_wrong: bool = False,
+    name: str | None = None,
     report_dir: Path | None = None,
     cache_dir: str | None = None,
     refresh: bool = False,
@@ -297,6 +293,7 @@ def load_conversations(
         keys: names of the records' fields.
         indent: for answers that are JSON values: spaces a level, or None for one line.
         skip_wrong: leave wrong records out and say so, instead of stopping.
+        name: of the data set; names the report.
         report_dir: where the list of wrong records is written when there are any.
         cache_dir: where the Arrow file is kept; the datasets cache by default.
         refresh: read the files again even if they are in the cache.
@@ -313,16 +310,21 @@ def load_conversations(
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "llamafactory_video"
     folder.mkdir(parents=True, exist_ok=True)
     stored = folder / f"{_cache_key(files, (os.path.abspath(media_dir), keys, indent))}.arrow"
-    if stored.is_file() and not refresh:
-        dataset = datasets.Dataset.from_file(str(stored))
+    notes = stored.with_suffix(".json")  # what was wrong when it was stored: said each time
+    if not refresh and stored.is_file() and notes.is_file():
+        dataset, known = datasets.Dataset.from_file(str(stored)), json.loads(notes.read_text(encoding="utf-8"))
         # A clip can vanish while its annotation stays: ask again, by folder, which takes a moment.
         if not _missing_media(dataset, MediaFinder("")):
+            wrong = WrongRecords(**known["wrong"])
+            _report(wrong, path, known["total"], skip_wrong, name, report_dir, log)
             return dataset
     wrong = WrongRecords()
-    partial = stored.with_suffix(f".{os.getpid()}.tmp")
-    count = total = 0
+    total = 0
+    _remove_leftovers(folder)
+    # A name of its own, even beside a process of the same number on another node.
+    handle, partial = tempfile.mkstemp(dir=folder, prefix=stored.stem, suffix=".tmp")
     try:
-        with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, FEATURES.arrow_schema) as writer:
+        with os.fdopen(handle, "wb") as file, pa.ipc.new_stream(file, FEATURES.arrow_schema) as writer:
             rows: list[dict[str, Any]] = []
             for record, conversation, problems in _checked(files, MediaFinder(media_dir), keys, indent, progress):
                 total += 1
@@ -330,19 +332,47 @@ def load_conversations(
                     wrong.add(record, problems)
                 else:
                     rows.append(to_row(conversation, f"{record.file.name}, record {record.number}"))
-                    count += 1
                 if len(rows) >= _ROWS:
                     writer.write(pa.RecordBatch.from_pylist(rows, schema=FEATURES.arrow_schema))
                     rows.clear()
             writer.write(pa.RecordBatch.from_pylist(rows, schema=FEATURES.arrow_schema))
-        _report(wrong, path, count, total, skip_wrong, report_dir, log)
-        if wrong.places:
-            # Not the whole of the files: it must be reported again next time, so it is not a cache entry.
-            stored = stored.with_suffix(".skipped.arrow")
+        _report(wrong, path, total, skip_wrong, name, report_dir, log)
+        notes.write_text(json.dumps({"wrong": asdict(wrong), "total": total}, ensure_ascii=False), encoding="utf-8")
         os.replace(partial, stored)
     finally:
-        partial.unlink(missing_ok=True)
+        Path(partial).unlink(missing_ok=True)
     return datasets.Dataset.from_file(str(stored))
+
+
+def check_rows(
+    rows: datasets.Dataset,
+    media_dir: str,
+    keys: RecordKeys,
+    indent: int | None,
+    skip_wrong: bool,
+    name: str,
+    report_dir: Path | None,
+    log: Callable[[str], None],
+) -> datasets.Dataset:
+    """Check records that come from a hub, as JSON texts in a column `_record`; see `load_conversations`."""
+    wrong, good, find = WrongRecords(), [], MediaFinder(media_dir)
+    for number, row in enumerate(rows, start=1):
+        record = RawRecord(Path(name), number, 0, read_json(row["_record"])[0])
+        conversation, problems = parse_record(record.value, find, keys, indent)
+        if problems:
+            wrong.add(record, problems)
+        else:
+            good.append(to_row(conversation, f"{name}, record {number}"))
+    _report(wrong, Path(name), len(rows), skip_wrong, name, report_dir, log)
+    return datasets.Dataset.from_list(good, features=FEATURES)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove partial files of killed runs, a day old: no other process can still be writing them."""
+    for file in folder.glob("*.tmp"):
+        with contextlib.suppress(OSError):
+            if file.stat().st_mtime < time.time() - 86400:
+                file.unlink()
 
 
 def _checked(
@@ -352,36 +382,43 @@ def _checked(
         for file in files:
             for record in read_records(file):
                 bar.update()
-                if record.error:
-                    yield record, Conversation([]), [Problem("record", record.error, "one JSON object is needed")]
-                else:
-                    yield record, *parse_record(record.value, find, keys, indent)
+                error = record.error
+                try:
+                    if not error:
+                        yield record, *parse_record(record.value, find, keys, indent)
+                except RecursionError:
+                    error = "nested too deeply"
+                if error:
+                    yield record, Conversation([]), [Problem("record", error, "one JSON object is needed")]
 
 
 def _report(
     wrong: WrongRecords,
     path: Path,
-    count: int,
     total: int,
     skip_wrong: bool,
+    name: str | None,
     report_dir: Path | None,
     log: Callable[[str], None],
 ) -> None:
     if total == 0:
         raise DatasetError(f"{path}: no records in it")
-    if not wrong.places:
+    if not wrong.records:
         return
     report = None
     if report_dir is not None:
         report_dir.mkdir(parents=True, exist_ok=True)
-        report = report_dir / f"wrong_records_{path.stem}.txt"
+        report = report_dir / f"wrong_records_{name or path.stem}.txt"
         report.write_text("\n".join(wrong.lines) + "\n", encoding="utf-8")
-    summary = f"{path}: {len(wrong.places)} of {total} records are wrong"
-    if skip_wrong and count:
-        log(f"{summary} and left out, {count} remain:\n{wrong.text(report)}")
+    left = total - wrong.records
+    summary = f"{path}: {wrong.records} of {total} records are wrong"
+    if skip_wrong and left and not wrong.cut_off:
+        log(f"{summary} and left out, {left} remain:\n{wrong.text(report)}")
         return
-    advice = "" if skip_wrong else "\nCorrect them, or leave them out with `skip_wrong_records: true`."
-    raise DatasetError(f"{summary}:\n{wrong.text(report)}{advice}")
+    advice = "Correct them, or leave them out with `skip_wrong_records: true`."
+    if wrong.cut_off:
+        advice = "A file could not be read to its end, so nothing can be left out; correct it."
+    raise DatasetError(f"{summary}:\n{wrong.text(report)}\n{advice}")
 
 
 def _missing_media(dataset: datasets.Dataset, find: MediaFinder) -> bool:
@@ -452,6 +489,8 @@ class RecordEncoder:
             )
         except (ClipError, TemplateError) as error:
             raise DatasetError(f"{source}: {error}") from error
+        except (JinjaError, TypeError) as error:
+            raise DatasetError(f"{source}: the model's chat template cannot write it ({error})") from error
         pads = (self.processor.image_token_id, self.processor.video_token_id)
         if len(ids) > self.cutoff_len:
             visual = sum(token in pads for token in ids)

@@ -1,11 +1,12 @@
 """A conversation -> token ids and labels; frames -> patches.
 
 The text is rendered by the model's own chat template and tokenized in one piece, so ids equal those of
-`Qwen3VLProcessor.apply_chat_template` by construction. Clips and images stand in it with one pad token for each
+`Qwen3VLProcessor.apply_chat_template` by construction (one exception: `encode_text`, on thinking models). Clips and images stand in it with one pad token for each
 time that the prompt names; `expand_pads` then repeats each as often as its FramePlan says, in ids, where a few
 thousand tokens cost microseconds.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -15,7 +16,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..data.conversation import FUNCTION, IMAGE_PLACEHOLDER, TOOL, VIDEO_PLACEHOLDER
+from ..data.conversation import (
+    FUNCTION,
+    IMAGE_PLACEHOLDER,
+    TOOL,
+    USER,
+    VIDEO_PLACEHOLDER,
+    strip_around_placeholders,
+)
 from ..video.clip import plan_clip, read_clip
 from ..video.probe import ClipError, open_picture, picture_size
 from ..video.sampling import FramePlan, Sampling, SamplingError, llamafactory_size, smart_resize
@@ -72,6 +80,23 @@ def place_media(text: str, plans: list[FramePlan]) -> str:
     return "".join(pieces)
 
 
+def place_messages(messages: Sequence[dict[str, str]], plans: list[FramePlan], strip: bool) -> list[dict[str, str]]:
+    """LLaMA-Factory's messages with clips and images laid out, in human and tool turns; see `place_media`.
+
+    Args:
+        strip: the text of human turns as the official trainer does.
+    """
+    placed = []
+    for message in messages:
+        text = message["content"]
+        if message["role"] == USER and strip:
+            text = strip_around_placeholders(text)
+        if message["role"] in (USER, TOOL):
+            text = place_media(text, plans)
+        placed.append({**message, "content": text})
+    return placed
+
+
 def expand_pads(
     ids: list[int],
     labels: list[int] | None,
@@ -115,15 +140,27 @@ def chat_messages(messages: Sequence[dict[str, str]], system: str | None) -> lis
         if role == TOOL:
             chat.append({"role": "tool", "content": content})
         elif role == FUNCTION:
-            try:
-                calls = json.loads(content)
-                calls = [{"function": call} for call in (calls if isinstance(calls, list) else [calls])]
-                chat.append({"role": "assistant", "content": "", "tool_calls": calls})
-            except ValueError as error:
-                raise TemplateError(f"a function_call turn is not JSON: {content[:80]}") from error
+            chat.append({"role": "assistant", **_function_turn(content)})
         else:
             chat.append({"role": role, "content": content})
     return chat
+
+
+def _function_turn(text: str) -> dict[str, Any]:
+    """A function turn's content and tool_calls, from our records or as LLaMA-Factory writes them: one call or a list."""
+    try:
+        turn = json.loads(text)
+    except ValueError as error:
+        raise TemplateError(f"a function_call turn is not JSON: {text[:80]}") from error
+    if isinstance(turn, dict) and "tool_calls" in turn:
+        return turn
+    calls = turn if isinstance(turn, list) else [turn]
+    return {"content": "", "tool_calls": [{"function": call} for call in calls]}
+
+
+def _tool(tool: dict[str, Any]) -> dict[str, Any]:
+    """A tool as OpenAI and the model's training data have it; LLaMA-Factory's records and API hold its inside alone."""
+    return tool if tool.get("type") == "function" else {"type": "function", "function": tool}
 
 
 def render(
@@ -138,7 +175,7 @@ def render(
     """
     return tokenizer.apply_chat_template(
         chat_messages(messages, system),
-        tools=json.loads(tools) if tools else None,
+        tools=[_tool(tool) for tool in json.loads(tools)] if tools else None,
         tokenize=False,
         add_generation_prompt=ask,
     )
@@ -162,13 +199,22 @@ def encode_text(tokenizer: Any, text: str, thinking: bool) -> tuple[list[int], l
     Labels cover each answer, its `<|im_end|>` and the newline after it, in every turn, as in the official trainer.
     A token that begins before the answer and reaches into it (newlines merge) counts as said.
 
+    A thinking model is asked with `<think>` and a newline. In one piece, that newline would merge with those of an
+    empty thought, and the model would never learn to go on from how it is asked. So there, and only there, the text
+    is cut where the assistant begins to speak.
+
     Returns:
         ids and labels, (n,) each.
     """
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     start = f"{re.escape(ANSWER_START)}(?:<think>\n)?" if thinking else re.escape(ANSWER_START)
     spans = [match.span(1) for match in re.finditer(f"{start}(.*?<\\|im_end\\|>\n)", text, re.DOTALL)]
+    cuts = [0, *(begin for begin, _ in spans if thinking), len(text)]
+    ids: list[int] = []
+    offsets: list[tuple[int, int]] = []
+    for cut, following in itertools.pairwise(cuts):
+        encoded = tokenizer(text[cut:following], add_special_tokens=False, return_offsets_mapping=True)
+        ids += encoded["input_ids"]
+        offsets += [(begin + cut, end + cut) for begin, end in encoded["offset_mapping"]]
     labels = [IGNORE_INDEX] * len(ids)
     token = 0
     for begin, end in spans:
@@ -200,19 +246,18 @@ def encode_conversation(
     plans = [plan_clip(video, sampling) for video in row["_videos"] or ()]
     image_tokens = [count_image_tokens(image, processor.image_processor, sampling) for image in row["_images"] or ()]
     to_place = list(plans)
-    messages = [
-        {"role": message["role"], "content": place_media(message["content"], to_place)}
-        for message in [*row["_prompt"], *row["_response"]]
-    ]
+    # Other formats than ours keep the newline after <video>; the model is to be trained as it will be asked.
+    stripped = not row.get("_source")
+    messages = place_messages([*row["_prompt"], *row["_response"]], to_place, strip=stripped)
     system, tools = row["_system"] or default_system, row["_tools"]
+    pads = processor.image_token_id, processor.video_token_id
+    whole = render(tokenizer, messages, system, tools, ask=False)
     if generation:
         prompt = render(tokenizer, messages[:-1], system, tools, ask=True)
-        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        labels = tokenizer(messages[-1]["content"] + "<|im_end|>\n", add_special_tokens=False)["input_ids"]
-        ids, _ = expand_pads(ids, None, image_tokens, plans, processor.image_token_id, processor.video_token_id)
-        return ids, labels
-    ids, labels = encode_text(tokenizer, render(tokenizer, messages, system, tools, ask=False), thinking)
-    return expand_pads(ids, labels, image_tokens, plans, processor.image_token_id, processor.video_token_id)
+        answer = whole[len(prompt) :] if whole.startswith(prompt) else f"{messages[-1]['content']}<|im_end|>\n"
+        ids, labels = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, answer))
+        return expand_pads(ids, None, image_tokens, plans, *pads)[0], labels
+    return expand_pads(*encode_text(tokenizer, whole, thinking), image_tokens, plans, *pads)
 
 
 def vision_inputs(

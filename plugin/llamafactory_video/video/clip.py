@@ -1,6 +1,7 @@
 """A clip -> its plan, and its planned frames. Training, chat and evaluation have no other way to either."""
 
 import io
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -22,9 +23,14 @@ def as_clip(video: Any) -> Clip:
         return video
     if isinstance(video, str):
         return decode_clip(video)
+    if isinstance(video, os.PathLike):
+        return Clip(path=os.fspath(video))
     if isinstance(video, list | tuple):
         return Clip(frames=tuple(video))
-    return Clip(path=buffer_stream(video))
+    stream = buffer_stream(video)
+    if not hasattr(stream, "seek"):
+        raise ClipError(f"a {type(video).__name__} is no video; a path, a file object or frame pictures are needed")
+    return Clip(path=stream)
 
 
 def buffer_stream(video: Any) -> Any:

@@ -92,7 +92,7 @@ def open_picture(source: Any) -> Image.Image:
     try:
         picture = source if isinstance(source, Image.Image) else Image.open(source)
         return ImageOps.exif_transpose(picture).convert("RGB")
-    except OSError as error:
+    except (OSError, Image.DecompressionBombError) as error:
         name = source if isinstance(source, str | Path) else "picture"
         raise ClipError(f"{name}: is not a picture that can be read ({error})") from error
 
@@ -106,5 +106,5 @@ def picture_size(source: Any) -> tuple[int, int]:
         with Image.open(source) as picture:
             turned = picture.getexif().get(0x0112) in (5, 6, 7, 8)  # EXIF orientations that swap the sides
             return (picture.width, picture.height) if turned else (picture.height, picture.width)
-    except OSError as error:
+    except (OSError, Image.DecompressionBombError) as error:
         raise ClipError(f"{source}: is not a picture that can be read ({error})") from error
