@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 SIZE, FRAMES, FPS = 64, 8, 4  # points a side, frames, frames/s
-RADIUS = 9  # of a figure, in points
+RADIUS = 11  # of a figure, in points
 
 QUESTION = "描述这个视频并进行打标,使用json输出标签"
 COLOURS = {
@@ -115,7 +115,7 @@ def figure(shape: str, centre: np.ndarray) -> np.ndarray:
 def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     """The clip of a scene, (FRAMES, SIZE, SIZE, 3) uint8; `rng` varies places and background a little."""
     path, prey = (SIZE * (0.25 + 0.5 * at) + rng.uniform(-3, 3, 2) for at in (scene.path, scene.prey_corner))
-    frames = np.full((FRAMES, SIZE, SIZE, 3), rng.integers(10, 50), np.uint8)
+    frames = np.full((FRAMES, SIZE, SIZE, 3), rng.integers(50, 90), np.uint8)
     eaten = False
     # The hero turns at time 1, arrives at 2 and stays there, so that the end is seen.
     for frame, time in zip(frames, np.linspace(0, 2.3, FRAMES), strict=True):
