@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 from llamafactory_video.data import loader
@@ -181,3 +183,23 @@ def test_llamafactorys_own_video_demo_format(folder):
     (row,) = load(folder)
     assert row["_videos"] == [str(folder / "a.mp4")]
     assert row["_prompt"] == [{"content": "<video>Why is this video funny?", "role": "user"}]
+
+
+@pytest.mark.slow
+def test_200_000_records_load_in_a_minute_and_2_gb(folder):
+    """In a process of its own, so that the memory measured is the loader's."""
+    answer = {"video_description": "凯在中路推塔，" * 20, "score": 0.25, "tags": ["游戏直播", "王者荣耀"]}
+    text = json.dumps(record(0, answer), ensure_ascii=False)
+    (folder / "data.json").write_text("[" + ",\n".join([text] * 200_000) + "]", encoding="utf-8")
+    code = f"""
+import resource, time
+from pathlib import Path
+from llamafactory_video.data.loader import load_conversations
+start = time.perf_counter()
+dataset = load_conversations(Path({str(folder / "data.json")!r}), {str(folder)!r}, cache_dir={str(folder / "cache")!r})
+print(len(dataset), time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    count, seconds, gib = map(float, result.stdout.split())
+    print(f"{count:.0f} records in {seconds:.1f} s, {gib:.2f} GiB")
+    assert count == 200_000 and seconds < 60 and gib < 2
