@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 SIZE, FRAMES, FPS = 64, 8, 4  # points a side, frames, frames/s
-RADIUS = 11  # of a figure, in points
+RADIUS = 11  # of a figure, in points; at 9, shapes and places are learned too late for some random weights
 
 QUESTION = "描述这个视频并进行打标,使用json输出标签"
 COLOURS = {

@@ -154,7 +154,7 @@ def build_config(
     """A Qwen3-VL of `layers` vision and `layers` language layers, both `hidden_size` wide.
 
     `initializer_range` defaults to 1 / sqrt(hidden_size): at this width the usual 0.02 leaves signals so small
-    that nothing is learned in a thousand steps.
+    that nothing is learned in the demo's steps.
     """
     std = initializer_range or round(hidden_size**-0.5, 3)
     token = tokenizer.convert_tokens_to_ids
