@@ -106,8 +106,11 @@ def test_a_killed_run_goes_on_to_the_same_end(home, trained):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (out / "model.safetensors").is_file()
+    # As if it had been killed once more, while it wrote its next checkpoint.
+    (out / "checkpoint-8").mkdir(exist_ok=True)
+    (out / "checkpoint-8" / "trainer_state.json").write_text('{"epoch": 1.0, "glo')
     result = run("llamafactory-cli", "train", file)
-    assert "Resuming training from" in result.stdout + result.stderr
+    assert f"Resuming training from {out}/checkpoint-4" in result.stdout + result.stderr
     assert losses(out) == pytest.approx(losses(trained), rel=1e-5)
     assert len(losses(out)) == 10
 

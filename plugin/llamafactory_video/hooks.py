@@ -64,6 +64,23 @@ def _hparams_parser(parser: ModuleType) -> None:
 
     for name in ("_parse_train_args", "_parse_infer_args"):
         _replace(parser, name, checked(getattr(parser, name)))
+    _replace(parser, "get_last_checkpoint", last_whole_checkpoint)
+
+
+def last_whole_checkpoint(folder: str) -> str | None:
+    """The newest checkpoint that was written to its end; one that a kill cut short has no trainer_state.json."""
+    import json
+
+    def step(path: Path) -> int:
+        return int(path.name.partition("-")[2])
+
+    for path in sorted(Path(folder).glob("checkpoint-[0-9]*"), key=step, reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            return str(path)
+        except (OSError, ValueError):
+            continue
+    return None
 
 
 def _check_keys_fit_template(model_args: Any, data_args: Any) -> None:
@@ -586,6 +603,7 @@ TABLE: dict[str, tuple[dict[str, str], Callable[[ModuleType], None]]] = {
         {
             "_TRAIN_ARGS": "",
             "_INFER_ARGS": "",
+            "get_last_checkpoint": "",
             "_parse_train_args": "args",
             "_parse_infer_args": "args",
             "ModelArguments": "",
