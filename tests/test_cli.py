@@ -134,14 +134,16 @@ def test_streaming(home, processes):
 
 
 def test_chat_about_a_clip(home, trained):
-    questions = f"<video>{home / '0.mp4'}</video>描述\n再说\n<video>gone.mp4</video>\nexit\n"
+    clip = f"<video>{home / '0.mp4'}</video>"
+    questions = f"{clip}描述\n再说\n<video>gone.mp4</video>\n{clip}还有呢\n<video>没关\nexit\n"
     options = ["--template", "qwen3_vl_video", "--video_sampling", "qwen_finetune", "--max_new_tokens", "4"]
     result = run("llamafactory-cli", "chat", "--model_name_or_path", str(trained), *options, stdin=questions)
     # Not its exit code: LLaMA-Factory ends with its threads still running, and now and then the process aborts there.
     answers = result.stdout.split("Assistant: ")[1:]
-    assert len(answers) == 3
-    assert all("error" not in answer for answer in answers[:2])
-    assert "[error: gone.mp4: cannot be opened (No such file or directory)" in answers[2]
+    assert len(answers) == 5
+    assert [("error" in answer) for answer in answers] == [False, False, True, False, True]
+    assert "[error: gone.mp4: cannot be opened (No such file or directory)]" in answers[2]
+    assert "[error: a <video> without its end; write <video>path</video>]" in answers[4]
 
 
 def test_check_tells_what_training_would_see(home):
@@ -155,7 +157,7 @@ def test_check_tells_what_training_would_see(home):
     result = run("lmf-video", "check", file, "cutoff_len=30")
     assert result.returncode == 1
     assert "records that cannot be trained on: 3" in result.stdout
-    assert "mixed.json, record 1: " in result.stdout
+    assert "mixed.json, record 1 (line 1): " in result.stdout
 
     broken = home / "broken.mp4"
     broken.write_text("no video")
@@ -166,11 +168,22 @@ def test_check_tells_what_training_would_see(home):
     (home / "mixed.json").write_text(json.dumps([record]))
     result = run("lmf-video", "check", file)
     assert result.returncode == 1
-    assert "mixed.json, record 1: " in result.stdout and "broken.mp4: is not a video" in result.stdout
-    (home / "mixed.json").write_text("[{}]")
+    assert "mixed.json, record 1 (line 1): " in result.stdout and "broken.mp4: is not a video" in result.stdout
+    # Wrong records and clips that cannot be read are told in one go.
+    (home / "sub").mkdir()
+    (home / "sub" / "more.json").write_text(json.dumps([{}, {**record, "video": str(broken)}]))
+    info = {"file_name": "sub/more.json", "formatting": "video_conversation"}
+    (home / "dataset_info.json").write_text(json.dumps({"mixed": info}))
     result = run("lmf-video", "check", file)
-    assert result.returncode == 1
-    assert result.stderr.strip().endswith("leave them out with `skip_wrong_records: true`.")
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "record 1 (line 1): conversations: missing" in result.stdout
+    assert "broken.mp4: is not a video" in result.stdout
+
+    (home / "dataset_info.json").write_text(json.dumps({"mixed": {"file_name": "sub/more.json"}}))
+    result = run("lmf-video", "check", file)
+    assert result.returncode == 1 and '"formatting": "video_conversation" in dataset_info.json' in result.stderr
+    result = run("lmf-video", "check", file, "model_name_or_path=output/gone")
+    assert result.returncode == 1 and "no folder output/gone" in result.stderr
     file, _ = recipe(home, "nothing", dataset=None, do_train=False)
     result = run("lmf-video", "check", file)
     assert result.returncode == 1 and "names no data set; give a training recipe" in result.stderr

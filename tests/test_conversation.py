@@ -12,7 +12,7 @@ from llamafactory_video.data.conversation import (
     json_text,
     parse_record,
     read_json,
-    take_inline_videos,
+    take_inline_media,
 )
 
 JSON_VALUES = st.recursive(
@@ -71,7 +71,7 @@ def test_the_usual_record():
     assert good(record, indent=2).messages[1][1] == json.dumps(answer, ensure_ascii=False, indent=2)
 
 
-@pytest.mark.parametrize("answer", ["文字", {"a": None}, ["凯", 1.50], 7, True, False, {}])
+@pytest.mark.parametrize("answer", ["文字", {"a": None}, ["凯", 1.50], 7, True, False, {}, []])
 def test_any_json_value_is_an_answer(answer):
     expected = answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)
     assert good({"conversations": turns("问", answer)}).messages[1][1] == expected
@@ -279,11 +279,19 @@ def test_what_is_not_quite_json_is_named():
     assert read_json('{"a"')[1] == ["not JSON: Expecting ':' delimiter at character 4"]
 
 
-def test_clips_typed_into_chat():
-    messages = [
-        {"role": "user", "content": "<video>a b.mp4</video> 描述"},
-        {"role": "assistant", "content": "<video>x</video>"},
+def test_clips_and_pictures_typed_into_chat():
+    said = {"role": "assistant", "content": "用 <video> 标签"}
+    messages = [{"role": "user", "content": "<video>a b.mp4</video> <image>c.png</image>描述"}, said]
+    taken, videos, images = take_inline_media(messages)
+    assert (videos, images) == (["a b.mp4"], ["c.png"])
+    assert taken == [{"role": "user", "content": "<video> <image>描述"}, said]
+    for text in ("<video>a.mp4描述", "<image>", "<video>a.mp4<video>b.mp4</video>"):
+        with pytest.raises(ValueError, match="without its end; write <"):
+            take_inline_media([{"role": "user", "content": text}])
+
+
+def test_slips_in_names_of_fields_are_named():
+    assert complaints({"vidoe": "a.mp4", "conversations": turns("问", "答")}) == [
+        "vidoe: unknown field; is video meant?"
     ]
-    taken, videos = take_inline_videos(messages)
-    assert videos == ["a b.mp4"]
-    assert taken == [{"role": "user", "content": "<video> 描述"}, messages[1]]
+    good({"id": 7, "video_id": "x", "source": "y", "messages_zh": [], "conversations": turns("问", "答")})

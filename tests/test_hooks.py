@@ -253,7 +253,7 @@ def test_too_long_is_said_and_never_cut(home, tmp_path):
     from llamafactory_video.data.loader import DatasetError
 
     with pytest.raises(
-        DatasetError, match=r"clips.json, record 1: \d+ tokens, \d+ of them visual, are more than cutoff"
+        DatasetError, match=r"clips.json, record 1 \(line \d+\): \d+ tokens, \d+ of them visual, are more than cutoff"
     ):
         dataset(home, tmp_path, cutoff_len=16)
     with pytest.raises(DatasetError, match="more than cutoff"):

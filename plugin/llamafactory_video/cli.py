@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import yaml
 from tqdm import tqdm
 
 _BATCH = 1000  # records in hand at a time
@@ -22,10 +23,9 @@ def check(recipe: Path, overrides: list[str]) -> int:
     from .data.loader import DatasetError
     from .hooks import recipe_data
 
-    parts, encoder = recipe_data(recipe, overrides)
+    wrong, parts, encoder = recipe_data(recipe, overrides)
     cutoff, encoder.cutoff_len = encoder.cutoff_len, sys.maxsize  # all lengths are wanted, too long ones as well
     pads = {encoder.processor.image_token_id, encoder.processor.video_token_id}
-    wrong = 0
 
     def measure(row: dict[str, Any]) -> tuple[int, int] | str:
         try:
@@ -37,7 +37,7 @@ def check(recipe: Path, overrides: list[str]) -> int:
             return f"{row.get('_source', 'a record')}: {len(ids)} tokens, {visual} of them visual, are more than cutoff_len {cutoff}"
         return len(ids), visual
 
-    if not parts:
+    if not parts and not wrong:
         raise ValueError(f"{recipe} names no data set; give a training recipe")
     for name, part in parts.items():
         found: list[tuple[int, int] | str] = []
@@ -80,7 +80,7 @@ def main() -> None:
     os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
     try:
         sys.exit(1 if check(options.recipe, options.overrides) else 0)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, yaml.YAMLError) as error:
         sys.exit(f"lmf-video: {error}")
 
 

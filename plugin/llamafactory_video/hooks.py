@@ -58,6 +58,8 @@ def _hparams_parser(parser: ModuleType) -> None:
         def parse_and_check(args: Any = None) -> tuple:
             parsed = parse(args)
             _check_keys_fit_template(parsed[0], parsed[1])
+            if parsed[1].template in (TEMPLATE, THINKING_TEMPLATE):
+                _check_folders(parser.logger, parsed[0], *(p for p in parsed if hasattr(p, "do_train")))
             return parsed
 
         return parse_and_check
@@ -65,6 +67,24 @@ def _hparams_parser(parser: ModuleType) -> None:
     for name in ("_parse_train_args", "_parse_infer_args"):
         _replace(parser, name, checked(getattr(parser, name)))
     _replace(parser, "get_last_checkpoint", last_whole_checkpoint)
+
+
+def _check_folders(logger: Any, model_args: Any, training_args: Any = None) -> None:
+    """A folder that is missing is not asked of the hub, and one that holds a finished run is said."""
+    for path in (model_args.model_name_or_path, *(model_args.adapter_name_or_path or ())):
+        first = Path(path).parts[0]
+        is_local = path.startswith((".", "/", "~", "output/")) or path.count("/") > 1 or Path(first).is_dir()
+        if is_local and not Path(path).is_dir():
+            raise ValueError(f"no folder {path}; give the folder of a model or adapter, or the name of one on the hub")
+    if (
+        training_args is not None
+        and training_args.do_train
+        and Path(training_args.output_dir, "train_results.json").is_file()
+    ):
+        logger.warning_rank0(
+            f"{training_args.output_dir} holds a finished run, and this one goes on from its last checkpoint. To train "
+            "anew, give another output_dir or remove that folder."
+        )
 
 
 def last_whole_checkpoint(folder: str) -> str | None:
@@ -226,13 +246,23 @@ def _data_loader(loader: ModuleType) -> None:
         return merge(dataset_names, model_args, data_args, training_args, stage, return_dict)
 
     def _load_single_dataset(dataset_attr: Any, model_args: Any, data_args: Any, training_args: Any) -> Any:
-        if dataset_attr.formatting != FORMATTING:
-            return load_single(dataset_attr, model_args, data_args, training_args)
         import numpy as np
+        from datasets.exceptions import DatasetGenerationError
+
+        if dataset_attr.formatting != FORMATTING:
+            try:
+                return load_single(dataset_attr, model_args, data_args, training_args)
+            except (DatasetGenerationError, ValueError) as error:
+                if data_args.template not in (TEMPLATE, THINKING_TEMPLATE):
+                    raise
+                raise ValueError(
+                    f"{dataset_attr} cannot be loaded with formatting {dataset_attr.formatting}; if it holds video "
+                    f'conversations, give it "formatting": "{FORMATTING}" in dataset_info.json ({error})'
+                ) from error
 
         dataset = checked.pop(str(dataset_attr), None)
         if dataset is None:
-            dataset = read(dataset_attr, str(dataset_attr), model_args, data_args, training_args)
+            dataset = read(dataset_attr, Path(str(dataset_attr)).stem, model_args, data_args, training_args)
         count = dataset_attr.num_samples
         if count is not None and not data_args.streaming:
             # As LLaMA-Factory does: all records once, then drawn again at random if more are wanted.
@@ -530,25 +560,26 @@ def _train_optimizer(trainer_utils: ModuleType) -> None:
 
 
 def _chat_model(chat_model: ModuleType) -> None:
-    """`<video>path</video>` in a line typed into `llamafactory-cli chat`; in no server, where it would read files."""
+    """`<video>path</video>` in lines typed into `llamafactory-cli chat`; in no server, where it would read files."""
     run = chat_model.run_chat
 
     def run_chat() -> None:
         stream = chat_model.ChatModel.stream_chat
 
         def stream_chat(self: Any, messages: list[dict[str, str]], *args: Any, **kwargs: Any) -> Any:
-            from .data.conversation import take_inline_videos
+            from .data.conversation import take_inline_media
 
+            # A question that failed is not asked again with the next one.
+            for i in reversed([i for i, m in enumerate(messages) if m["content"].startswith("[error: ")]):
+                del messages[i - 1 : i + 1]
             try:
-                messages, videos = take_inline_videos(messages)
-                if videos:
-                    kwargs["videos"] = videos
-                yield from stream(self, messages, *args, **kwargs)
+                asked, videos, images = take_inline_media(messages)
+                yield from stream(self, asked, *args, videos=videos or None, images=images or None, **kwargs)
             except ValueError as error:
-                yield f"[error: {error}; type `clear` to begin again]"
+                yield f"[error: {error}]"
 
         chat_model.ChatModel.stream_chat = stream_chat
-        print("Show a clip with <video>path/to/clip.mp4</video> in your message.")
+        print("Show a clip with <video>path/to/clip.mp4</video> in your message, a picture with <image>path</image>.")
         run()
 
     _replace(chat_model, "run_chat", run_chat)
@@ -557,15 +588,18 @@ def _chat_model(chat_model: ModuleType) -> None:
 # --- For lmf-video ---------------------------------------------------------------------------------------------------
 
 
-def recipe_data(recipe: Path, overrides: list[str]) -> tuple[dict[str, Any], "RecordEncoder"]:
+def recipe_data(recipe: Path, overrides: list[str]) -> tuple[int, dict[str, Any], "RecordEncoder"]:
     """The data sets that a training recipe names, without its model's weights.
 
     Args:
         overrides: `key=value`, as for `llamafactory-cli`.
 
     Returns:
-        Checked records by data set, in rows of `loader.FEATURES`, and their encoder.
+        How many records are wrong, the others by data set, in rows of `loader.FEATURES`, and their encoder.
     """
+    import contextlib
+    from copy import copy
+
     from llamafactory.data import get_template_and_fix_tokenizer
     from llamafactory.data.loader import _load_single_dataset
     from llamafactory.data.parser import get_dataset_list
@@ -583,15 +617,18 @@ def recipe_data(recipe: Path, overrides: list[str]) -> tuple[dict[str, Any], "Re
     module = load_tokenizer(model_args)
     template = get_template_and_fix_tokenizer(module["tokenizer"], data_args)
     names = [*(data_args.dataset or ()), *(data_args.eval_dataset or ())]
-    parts, errors = {}, []
+    parts, wrong = {}, 0
     for name, attr in zip(names, get_dataset_list(names, data_args.dataset_dir), strict=True):
         try:
             parts[name] = _load_single_dataset(attr, model_args, data_args, training_args)
         except DatasetError as error:
-            errors.append(str(error))
-    if errors:
-        raise DatasetError("\n\n".join(errors))
-    return parts, _record_encoder(template, module["tokenizer"], module["processor"], data_args)
+            wrong += error.wrong
+            print(error)
+            with contextlib.suppress(DatasetError):  # the clips of the other records are to be checked all the same
+                left = copy(data_args)
+                left.skip_wrong_records = True
+                parts[name] = _load_single_dataset(attr, model_args, left, training_args)
+    return wrong, parts, _record_encoder(template, module["tokenizer"], module["processor"], data_args)
 
 
 # --- The table -------------------------------------------------------------------------------------------------------
@@ -604,6 +641,7 @@ TABLE: dict[str, tuple[dict[str, str], Callable[[ModuleType], None]]] = {
             "_TRAIN_ARGS": "",
             "_INFER_ARGS": "",
             "get_last_checkpoint": "",
+            "logger": "",
             "_parse_train_args": "args",
             "_parse_infer_args": "args",
             "ModelArguments": "",
@@ -677,7 +715,7 @@ TABLE: dict[str, tuple[dict[str, str], Callable[[ModuleType], None]]] = {
         {"CustomSeq2SeqTrainer.save_predictions": "dataset predict_results skip_special_tokens"},
         _sft_trainer,
     ),
-    "llamafactory.chat.chat_model": ({"run_chat": "", "ChatModel.stream_chat": "messages videos"}, _chat_model),
+    "llamafactory.chat.chat_model": ({"run_chat": "", "ChatModel.stream_chat": "messages images videos"}, _chat_model),
 }
 
 installed: set[str] = set()

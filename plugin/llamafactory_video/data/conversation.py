@@ -9,6 +9,8 @@ A record is a JSON object with turns and the clips and images that they show:
 `parse_record` makes a `Conversation` of it, or says everything that is wrong with it.
 """
 
+import difflib
+import functools
 import itertools
 import json
 import math
@@ -236,6 +238,13 @@ def strip_around_placeholders(text: str) -> str:
     return "".join(piece.strip() for piece in re.split(f"({IMAGE_PLACEHOLDER}|{VIDEO_PLACEHOLDER})", text))
 
 
+@functools.lru_cache(maxsize=4096)
+def misspelt(key: str, known: tuple[str, ...]) -> str | None:
+    """The known name that a key differs from by a slip; other fields a record may have as it likes."""
+    close = difflib.get_close_matches(key, known, 1, 0.8)
+    return close[0] if close and abs(len(close[0]) - len(key)) <= 1 else None
+
+
 class _RecordParser:
     """Reads one record, collecting every problem on the way."""
 
@@ -248,7 +257,7 @@ class _RecordParser:
 
     def pick(self, record: dict, names: tuple[str, ...], where: str = "") -> tuple[str, Any]:
         """The one field of `names` that the record has, as (name, value); value None if it has none."""
-        present = [name for name in names if record.get(name) not in (None, [])]
+        present = [name for name in names if record.get(name) is not None]
         if len(present) > 1:
             self.wrong(where + present[1], f"stands beside {present[0]}", "keep one of the two")
         return (present[0], record[present[0]]) if present else (names[0], None)
@@ -418,7 +427,8 @@ class _RecordParser:
                 self.wrong(field, f"a placeholder in a {role_name} turn", "clips and images are shown in human turns")
             self.check_layout(field, text)
             messages.append((role, text))
-        self.check_order([role for role, _ in messages], name)
+        if len(messages) == len(turns):
+            self.check_order([role for role, _ in messages], name)
         return messages
 
     def check_layout(self, field: str, text: str) -> None:
@@ -470,7 +480,8 @@ class _RecordParser:
 
     def media(self, record: dict, names: tuple[str, ...], kind: str, found: list, counted: int) -> list:
         """Clips or images of the record, checked against the placeholders of its turns."""
-        name, value = self.pick(record, names)
+        # Another data set's tool may have written an empty list beside the field that is used.
+        name, value = self.pick({key: record[key] for key in names if record.get(key) not in (None, [], "")}, names)
         mark = f"<{kind}>"
         if value is None:
             values = []
@@ -495,6 +506,10 @@ class _RecordParser:
             return Conversation([])
         images: list = []
         videos: list = []
+        known = (*self.keys.messages, *self.keys.videos, *self.keys.images, *self.keys.system, *self.keys.tools)
+        for key in record:
+            if key not in known and (meant := misspelt(key, known)):
+                self.wrong(key, "unknown field", f"is {meant} meant?")
         messages = self.turns(record, images, videos)
         shown = "".join(text for role, text in messages if role in (USER, TOOL))
         if messages:
@@ -540,18 +555,29 @@ def parse_record(
     return conversation, parser.problems
 
 
-def take_inline_videos(messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[str]]:
-    """`<video>path</video>` in user messages -> placeholders, and the paths in order."""
-    videos: list[str] = []
+def take_inline_media(messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[str], list[str]]:
+    """`<video>path</video>` and `<image>path</image>` in user messages -> placeholders, and the paths in order.
+
+    Returns:
+        The messages, paths of videos, paths of images.
+
+    Raises:
+        ValueError: if a tag is not closed.
+    """
+    paths: dict[str, list[str]] = {"video": [], "image": []}
 
     def place(match: re.Match) -> str:
-        videos.append(match[1].strip())
-        return VIDEO_PLACEHOLDER
+        paths[match[1]].append(match[2].strip())
+        return f"<{match[1]}>"
 
-    taken = [
-        {**message, "content": re.sub("<video>(.*?)</video>", place, message["content"])}
-        if message["role"] == USER
-        else message
-        for message in messages
-    ]
-    return taken, videos
+    taken = []
+    for message in messages:
+        if message["role"] == USER:
+            text = re.sub(r"<(video|image)>((?:(?!<video>|<image>).)*?)</\1>", place, message["content"])
+            message = {**message, "content": text}
+        taken.append(message)
+    shown = "".join(message["content"] for message in taken if message["role"] == USER)
+    for kind, found in paths.items():
+        if shown.count(f"<{kind}>") != len(found):
+            raise ValueError(f"a <{kind}> without its end; write <{kind}>path</{kind}>")
+    return taken, paths["video"], paths["image"]

@@ -48,7 +48,15 @@ _SHOWN = 50  # problems printed; the report file has all
 
 
 class DatasetError(ValueError):
-    """Annotation files with wrong records; the message lists them."""
+    """Annotation files with wrong records; the message lists them.
+
+    Attributes:
+        wrong: how many records are wrong.
+    """
+
+    def __init__(self, message: str, wrong: int = 1) -> None:
+        super().__init__(message)
+        self.wrong = wrong
 
 
 @dataclass(frozen=True)
@@ -331,7 +339,7 @@ def load_conversations(
                 if problems:
                     wrong.add(record, problems)
                 else:
-                    rows.append(to_row(conversation, f"{record.file.name}, record {record.number}"))
+                    rows.append(to_row(conversation, record.place))
                 if len(rows) >= _ROWS:
                     writer.write(pa.RecordBatch.from_pylist(rows, schema=FEATURES.arrow_schema))
                     rows.clear()
@@ -362,7 +370,7 @@ def check_rows(
         if problems:
             wrong.add(record, problems)
         else:
-            good.append(to_row(conversation, f"{name}, record {number}"))
+            good.append(to_row(conversation, record.place))
     _report(wrong, Path(name), len(rows), skip_wrong, name, report_dir, log)
     return datasets.Dataset.from_list(good, features=FEATURES)
 
@@ -418,7 +426,7 @@ def _report(
     advice = "Correct them, or leave them out with `skip_wrong_records: true`."
     if wrong.cut_off:
         advice = "A file could not be read to its end, so nothing can be left out; correct it."
-    raise DatasetError(f"{summary}:\n{wrong.text(report)}\n{advice}")
+    raise DatasetError(f"{summary}:\n{wrong.text(report)}\n{advice}", wrong.records)
 
 
 def _missing_media(dataset: datasets.Dataset, find: MediaFinder) -> bool:
