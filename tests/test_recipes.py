@@ -54,7 +54,9 @@ def parse(name: str, **overrides):
 def test_llamafactory_parses_the_recipe(path, tmp_path):
     keys = recipe(path.stem)
     # Models and adapters that other recipes make are not there yet; any folder stands for them.
-    folders = [key for key in ("model_name_or_path", "adapter_name_or_path") if keys.get(key, "").startswith("output/")]
+    folders = [
+        key for key in ("model_name_or_path", "adapter_name_or_path") if keys.get(key, "").startswith("output/")
+    ]
     if is_training(keys):
         folders.append("output_dir")
     model_args, data_args, *_ = parse(path.stem, **dict.fromkeys(folders, str(tmp_path)))
