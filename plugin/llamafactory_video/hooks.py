@@ -6,9 +6,12 @@ place that is extended, so a LLaMA-Factory that lacks one gives one clear error 
 """
 
 import ast
+import contextlib
 import functools
+import json
 import sys
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -89,12 +92,9 @@ def _check_folders(logger: Any, model_args: Any, training_args: Any = None) -> N
 
 def last_whole_checkpoint(folder: str) -> str | None:
     """The newest checkpoint that was written to its end; one that a kill cut short has no trainer_state.json."""
-    import json
-
-    def step(path: Path) -> int:
-        return int(path.name.partition("-")[2])
-
-    for path in sorted(Path(folder).glob("checkpoint-[0-9]*"), key=step, reverse=True):
+    steps = [name for path in Path(folder).glob("checkpoint-*") if (name := path.name.partition("-")[2]).isdecimal()]
+    for step in sorted(steps, key=int, reverse=True):
+        path = Path(folder, f"checkpoint-{step}")
         try:
             json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
             return str(path)
@@ -168,7 +168,6 @@ def _record_encoder(
 
 def _data_converter(converter: ModuleType) -> None:
     """Data sets from a hub: their rows pass as JSON through LLaMA-Factory's loading, and are checked in `_data_loader`."""
-    import json
     from dataclasses import dataclass
 
     @dataclass
@@ -597,9 +596,6 @@ def recipe_data(recipe: Path, overrides: list[str]) -> tuple[int, dict[str, Any]
     Returns:
         How many records are wrong, the others by data set, in rows of `loader.FEATURES`, and their encoder.
     """
-    import contextlib
-    from copy import copy
-
     from llamafactory.data import get_template_and_fix_tokenizer
     from llamafactory.data.loader import _load_single_dataset
     from llamafactory.data.parser import get_dataset_list
