@@ -94,11 +94,11 @@ def test_the_official_numbers():
 
 
 def test_span_is_as_if_cut_out():
-    times = [i / 10 for i in range(100)]
-    assert select_span(times, 2.0, 5.0) == range(20, 50)
-    assert select_span(times, None, 0.05) == range(0, 1)
+    info, sampling = ClipInfo(100, 10.0, 10.0, 64, 64), Sampling()
+    assert select_span(info, sampling, 2.0, 5.0) == range(20, 50)
+    assert select_span(info, sampling, None, 0.05) == range(0, 1)
     with pytest.raises(SamplingError, match="no frame lies between start and end; the last one is at 9.90 s"):
-        select_span(times, 12.0, None)
+        select_span(info, sampling, 12.0, None)
 
 
 @pytest.mark.parametrize(

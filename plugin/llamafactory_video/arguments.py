@@ -26,12 +26,21 @@ _LLAMAFACTORY_DEFAULTS = {
 class VideoModelKeys:
     """Keys on how clips and images are sampled."""
 
-    video_sampling: Literal["llamafactory", "qwen_finetune"] = field(
+    video_sampling: Literal["llamafactory", "qwen_finetune", "qwen_vl_utils"] = field(
         default="llamafactory",
         metadata={
             "help": "Whose meaning the video_* and image_* keys have. `llamafactory`: pixels count one frame. "
             "`qwen_finetune`: as in Qwen's official trainer, pixels count the whole clip (frames x height x width); "
-            "keys that are not given come from the model's processor files."
+            "keys that are not given come from the model's processor files. `qwen_vl_utils`: as in messages for that "
+            "package, pixels count one frame and video_total_pixels the whole clip."
+        },
+    )
+    video_timestamps: Literal["pts", "index"] = field(
+        default="pts",
+        metadata={
+            "help": "For clips of variable frame rate. `pts`: the frames nearest to the wanted times, and the times at "
+            "which they are really shown. `index`: as transformers and qwen-vl-utils do, which take a frame's number "
+            "divided by the average rate for its time."
         },
     )
     video_fps: float | None = field(default=None, metadata={"help": "Frames to sample per second of a clip."})
@@ -46,6 +55,10 @@ class VideoModelKeys:
     video_max_pixels: int | None = field(
         default=None, metadata={"help": "The greatest number of pixels, of what `video_sampling` says."}
     )
+    video_total_pixels: int | None = field(
+        default=None,
+        metadata={"help": "The greatest number of pixels of a whole clip, for `video_sampling: qwen_vl_utils` alone."},
+    )
     image_min_pixels: int | None = field(default=None, metadata={"help": "The least number of pixels of an image."})
     image_max_pixels: int | None = field(default=None, metadata={"help": "The greatest number of pixels of an image."})
 
@@ -58,7 +71,7 @@ class VideoModelKeys:
             )
         if self.video_maxlen is None:
             self.video_maxlen = self.video_max_frames
-        names = [*_LLAMAFACTORY_DEFAULTS, "video_min_frames"]
+        names = [*_LLAMAFACTORY_DEFAULTS, "video_min_frames", "video_total_pixels"]
         self.given_video_keys = {n: getattr(self, n) for n in names if getattr(self, n) is not None}
         for name, default in _LLAMAFACTORY_DEFAULTS.items():
             if getattr(self, name) is None:
@@ -102,18 +115,20 @@ class VideoFinetuningKeys:
     )
 
 
-def resolve_sampling(dialect: str, given: dict[str, Any], video_processor: Any) -> Sampling:
+def resolve_sampling(dialect: str, given: dict[str, Any], video_processor: Any, timestamps: str = "pts") -> Sampling:
     """How clips are sampled: the recipe's keys over what the dialect takes for granted.
 
     Args:
         dialect: value of `video_sampling`.
         given: the video_* and image_* keys that the recipe gives.
         video_processor: the model's own; transformers' Qwen3VLVideoProcessor.
+        timestamps: value of `video_timestamps`.
 
     Raises:
         SamplingError: if the numbers contradict each other.
     """
     size = video_processor.size
+    factor = video_processor.patch_size * video_processor.merge_size
     processor_bounds = {"processor_min_pixels": size.shortest_edge, "processor_max_pixels": size.longest_edge}
     patches = {name: getattr(video_processor, name) for name in ("patch_size", "temporal_patch_size", "merge_size")}
     if dialect == "qwen_finetune":
@@ -127,6 +142,13 @@ def resolve_sampling(dialect: str, given: dict[str, Any], video_processor: Any) 
             **patches,
             **processor_bounds,
         )
+    elif dialect == "qwen_vl_utils":
+        bounds = [given.get("image_min_pixels", 4 * factor**2), given.get("image_max_pixels", 16384 * factor**2)]
+        if not 0 < bounds[0] <= bounds[1]:
+            raise SamplingError(
+                f"image_min_pixels is {bounds[0]} and image_max_pixels {bounds[1]}; the first must be smaller"
+            )
+        defaults = Sampling(dialect, min_pixels=None, max_pixels=None, image_bounds=tuple(bounds), **patches)
     else:
         bounds = [given.get(key, _LLAMAFACTORY_DEFAULTS[key]) for key in ("image_min_pixels", "image_max_pixels")]
         defaults = Sampling(
@@ -142,11 +164,13 @@ def resolve_sampling(dialect: str, given: dict[str, Any], video_processor: Any) 
         )
     try:
         return defaults.override(
+            timestamps=timestamps,
             fps=given.get("video_fps"),
             min_frames=given.get("video_min_frames"),
             max_frames=given.get("video_maxlen"),
             min_pixels=given.get("video_min_pixels"),
             max_pixels=given.get("video_max_pixels"),
+            total_pixels=given.get("video_total_pixels"),
         )
     except SamplingError as error:
         raise SamplingError(f"{error} (what the recipe does not give comes from the dialect {dialect})") from error
@@ -163,7 +187,7 @@ def take_trained_processors(processor: Any, adapters: Sequence[str]) -> None:
             return
 
 
-def apply_to_processor(dialect: str, given: dict[str, Any], processor: Any) -> Sampling:
+def apply_to_processor(dialect: str, given: dict[str, Any], processor: Any, timestamps: str = "pts") -> Sampling:
     """Resolve the keys and, where the processor can hold them, write them into it.
 
     In the dialect `qwen_finetune` the settings live in the processor itself, so they are saved with every
@@ -173,7 +197,7 @@ def apply_to_processor(dialect: str, given: dict[str, Any], processor: Any) -> S
         The sampling of clips.
     """
     video_processor, image_processor = processor.video_processor, processor.image_processor
-    sampling = resolve_sampling(dialect, given, video_processor)
+    sampling = resolve_sampling(dialect, given, video_processor, timestamps)
     if dialect == "qwen_finetune":
         video_processor.fps = sampling.fps
         video_processor.min_frames = sampling.min_frames

@@ -491,7 +491,7 @@ def _model_patcher(patcher: ModuleType) -> None:
             if not tokenizer.chat_template:
                 tokenizer.chat_template = processor.chat_template
             processor.frame_sampling = apply_to_processor(
-                model_args.video_sampling, model_args.given_video_keys, processor
+                model_args.video_sampling, model_args.given_video_keys, processor, model_args.video_timestamps
             )
 
     _replace(patcher, "patch_processor", patch_processor)

@@ -2,7 +2,6 @@
 
 import io
 import os
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ import numpy as np
 from ..data.conversation import Clip, decode_clip
 from .decode import decode_frames, resize_frame
 from .probe import ClipError, open_picture, picture_size, probe
-from .sampling import ClipInfo, FramePlan, Sampling, SamplingError, plan_frames, select_span
+from .sampling import ClipInfo, FramePlan, Sampling, SamplingError, plan_frames
 
 
 def as_clip(video: Any) -> Clip:
@@ -62,14 +61,7 @@ def plan_clip(video: Any, sampling: Sampling) -> FramePlan:
             max_pixels=clip.max_pixels,
         )
         info = _frames_info(clip, sampling.fps) if clip.frames else probe(clip.path)
-        if clip.start is None and clip.end is None:
-            return plan_frames(info, sampling)
-        times = info.times or [i / info.fps for i in range(info.num_frames)]
-        span = select_span(times, clip.start, clip.end)
-        span_times = tuple(time - times[span.start] for time in times[span.start : span.stop])
-        cut = replace(info, num_frames=len(span), duration=len(span) / info.fps, times=span_times)
-        plan = plan_frames(cut, sampling)
-        return replace(plan, indices=tuple(i + span.start for i in plan.indices))
+        return plan_frames(info, sampling, clip.start, clip.end)
     except (SamplingError, ClipError) as error:
         raise ClipError(f"{clip}: {error}") from error
 
@@ -99,7 +91,7 @@ def _frames_info(clip: Clip, default_rate: float) -> ClipInfo:
         times = tuple(time - clip.times[0] for time in clip.times)
         # Rounded, for times such as 0.1666…: int(n / 6.0000001 * fps) would be one frame short.
         rate = round((count - 1) / times[-1], 6) if count > 1 else default_rate
-        return ClipInfo(count, rate, count / rate, height, width, times)
+        return ClipInfo(count, rate, count / rate, height, width, times, pictures=True)
     # LLaMA-Factory takes a list without a rate to be sampled already, at video_fps.
     rate = clip.frame_rate or default_rate
-    return ClipInfo(count, rate, count / rate, height, width)
+    return ClipInfo(count, rate, count / rate, height, width, pictures=True)

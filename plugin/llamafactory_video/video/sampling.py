@@ -3,17 +3,27 @@
 `plan_frames` turns a `ClipInfo` (what the file holds) and a `Sampling` (what was asked for) into a `FramePlan`
 (which frames, at which times, at which size). Tokenising, collating, chat and evaluation all ask this one
 function, so what the model is told can never differ from what it is shown.
+
+Three dialects give the numbers their meaning: `qwen_finetune` (transformers' Qwen3VLVideoProcessor, which the official
+trainer uses), `qwen_vl_utils` (the package of that name, 0.0.14) and `llamafactory` (LLaMA-Factory 0.9.5).
 """
 
+import bisect
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 
+DIALECTS = ("llamafactory", "qwen_finetune", "qwen_vl_utils")
 # LLaMA-Factory pre-shrinks frames with PIL before the processor's own resize, never below this side (pixels).
 _LLAMAFACTORY_MIN_SIDE = 28
+# Bounds that qwen-vl-utils takes for granted, in visual tokens.
+_UTILS_IMAGE_TOKENS = (4, 16384)
+_UTILS_FRAME_TOKENS = (128, 768)
+_UTILS_CONTEXT_TOKENS = 128000  # nine tenths of it are for a clip
+_UTILS_ONLY = ("total_pixels", "nframes", "resized_height", "resized_width")
 
 
 class SamplingError(ValueError):
@@ -28,8 +38,10 @@ class ClipInfo:
         num_frames: frames that the clip yields when decoded.
         fps: average frame rate, in frames per second.
         duration: in seconds.
-        height, width: frame size in pixels, as shown.
-        times: presentation time of every frame in seconds, from the first one; empty means index / fps.
+        height, width: frame size in pixels, as a player shows it.
+        times: presentation time of every frame in seconds, from the first one; empty where index / fps gives them.
+        header_fps: the average rate that the file's header states, which the references divide by; None if as `fps`.
+        pictures: frames given as a list of pictures.
     """
 
     num_frames: int
@@ -38,6 +50,12 @@ class ClipInfo:
     height: int
     width: int
     times: tuple[float, ...] = ()
+    header_fps: float | None = None
+    pictures: bool = False
+
+    def time(self, index: int) -> float:
+        """Seconds from the first frame to frame `index`."""
+        return self.times[index] if self.times else index / self.fps
 
 
 @dataclass(frozen=True)
@@ -45,14 +63,18 @@ class Sampling:
     """How frames are asked for.
 
     Attributes:
-        dialect: whose meaning the numbers have: `qwen_finetune` (transformers' Qwen3VLVideoProcessor, used by the
-            official trainer: pixel numbers count the whole clip, frames x height x width) or `llamafactory`
-            (pixel numbers count one frame, before the processor's own clip-wide limits).
+        dialect: one of `DIALECTS`: whose meaning the numbers have.
         fps: frames to sample per second.
         min_frames, max_frames: bounds on the number of frames.
-        min_pixels, max_pixels: bounds in the dialect's meaning.
+        min_pixels, max_pixels: bounds; in `qwen_finetune` on the whole clip (frames x height x width), else on a frame;
+            None stands for the default of `qwen_vl_utils`.
+        timestamps: `pts`: frames nearest to the wanted times, and the times at which they are really shown; `index`:
+            as the references, which take frame numbers / average rate for times. Alike where the rate is constant.
+        total_pixels: bound on the whole clip (`qwen_vl_utils` only); None: its default, 0.9 * 128000 tokens.
+        nframes: number of frames, in place of fps (`qwen_vl_utils` only).
+        resized_height, resized_width: size of the frames, in place of the pixel bounds (`qwen_vl_utils` only).
         processor_min_pixels, processor_max_pixels: the processor's own clip-wide bounds (`llamafactory` only).
-        image_bounds: least and greatest pixels of an image before the processor's own bounds (`llamafactory` only).
+        image_bounds: least and greatest pixels of an image, where the dialect resizes images before the processor.
         patch_size, temporal_patch_size, merge_size: of the vision tower.
     """
 
@@ -60,8 +82,13 @@ class Sampling:
     fps: float = 2.0
     min_frames: int = 4
     max_frames: int = 768
-    min_pixels: int = 4096
-    max_pixels: int = 25165824
+    min_pixels: int | None = 4096
+    max_pixels: int | None = 25165824
+    timestamps: str = "pts"
+    total_pixels: int | None = None
+    nframes: int | None = None
+    resized_height: int | None = None
+    resized_width: int | None = None
     processor_min_pixels: int = 4096
     processor_max_pixels: int = 25165824
     image_bounds: tuple[int, int] | None = None
@@ -70,18 +97,36 @@ class Sampling:
     merge_size: int = 2
 
     def __post_init__(self) -> None:
-        if self.fps <= 0:
+        if self.dialect not in DIALECTS:
+            raise SamplingError(f"video_sampling is {self.dialect}; known are {', '.join(DIALECTS)}")
+        if self.timestamps not in ("pts", "index"):
+            raise SamplingError(f"video_timestamps is {self.timestamps}; known are pts, index")
+        if not 0 < self.fps < math.inf:
             raise SamplingError(f"video_fps is {self.fps}; it must be above 0")
         if not 1 <= self.min_frames <= self.max_frames:
             raise SamplingError(
                 f"video_min_frames is {self.min_frames} and video_max_frames {self.max_frames}; "
                 "needed: 1 <= video_min_frames <= video_max_frames"
             )
-        if not 0 < self.min_pixels <= self.max_pixels:
+        least = 1 if self.min_pixels is None else self.min_pixels
+        if not 0 < least <= (least if self.max_pixels is None else self.max_pixels):
             raise SamplingError(
                 f"video_min_pixels is {self.min_pixels} and video_max_pixels {self.max_pixels}; "
                 "needed: 0 < video_min_pixels <= video_max_pixels"
             )
+        for name in _UTILS_ONLY:
+            value = getattr(self, name)
+            if value is not None and self.dialect != "qwen_vl_utils":
+                raise SamplingError(f"{name} has a meaning in video_sampling: qwen_vl_utils alone, not {self.dialect}")
+            if value is not None and value < 1:
+                raise SamplingError(f"{name} is {value}; it must be above 0")
+        if (self.resized_height is None) != (self.resized_width is None):
+            raise SamplingError("resized_height and resized_width belong together; one of them is missing")
+
+    @property
+    def factor(self) -> int:
+        """Pixels of a visual token's side."""
+        return self.patch_size * self.merge_size
 
     def override(self, **settings: Any) -> "Sampling":
         """The same with those of the named settings that are not None."""
@@ -151,8 +196,7 @@ def smart_resize(
     Raises:
         SamplingError: if one side is over 200 times the other.
     """
-    if max(height, width) > 200 * min(height, width):
-        raise SamplingError(f"frames are {width} x {height}; one side may be at most 200 times the other")
+    _check_ratio(height, width)
     new_height = round(height / factor) * factor
     new_width = round(width / factor) * factor
     frames = math.ceil(num_frames / temporal_factor) * temporal_factor
@@ -165,6 +209,39 @@ def smart_resize(
         new_height = math.ceil(height * grow / factor) * factor
         new_width = math.ceil(width * grow / factor) * factor
     return new_height, new_width
+
+
+def utils_smart_resize(height: int, width: int, factor: int, min_pixels: float, max_pixels: float) -> tuple[int, int]:
+    """The size nearest to (height, width), as `smart_resize` of qwen-vl-utils 0.0.14, (height, width) in pixels.
+
+    It differs from transformers' in frames smaller than half the factor, and in where it stops shrinking.
+
+    Raises:
+        SamplingError: if one side is over 200 times the other, or no size within the bounds is left.
+    """
+    _check_ratio(height, width)
+    if max_pixels < min_pixels:
+        raise SamplingError(
+            f"max_pixels {max_pixels:g} is below min_pixels {min_pixels:g}; raise or lower one of them"
+        )
+    new_height = max(factor, round(height / factor) * factor)
+    new_width = max(factor, round(width / factor) * factor)
+    if new_height * new_width > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        new_height = math.floor(height / shrink / factor) * factor
+        new_width = math.floor(width / shrink / factor) * factor
+        if not new_height * new_width:
+            raise SamplingError(f"max_pixels {max_pixels:g} leaves nothing of a frame of {width} x {height}; raise it")
+    elif new_height * new_width < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        new_height = math.ceil(height * grow / factor) * factor
+        new_width = math.ceil(width * grow / factor) * factor
+    return new_height, new_width
+
+
+def _check_ratio(height: int, width: int) -> None:
+    if max(height, width) > 200 * min(height, width):
+        raise SamplingError(f"frames are {width} x {height}; one side may be at most 200 times the other")
 
 
 def llamafactory_size(height: int, width: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -183,50 +260,166 @@ def llamafactory_size(height: int, width: int, min_pixels: int, max_pixels: int)
     return height, width
 
 
-def sample_indices(info: ClipInfo, sampling: Sampling) -> list[int]:
-    """Frame numbers that the dialect chooses, in order, before an odd count is evened out, (k,)."""
+def image_size(height: int, width: int, sampling: Sampling) -> tuple[int, int] | None:
+    """The size to which the dialect resizes an image before the processor does, (height, width); None if it does not."""
+    if sampling.image_bounds is None:
+        return None
+    if sampling.dialect == "qwen_vl_utils":
+        return utils_smart_resize(height, width, sampling.factor, *sampling.image_bounds)
+    return llamafactory_size(height, width, *sampling.image_bounds)
+
+
+def select_span(info: ClipInfo, sampling: Sampling, start: float | None, end: float | None) -> range:
+    """The frame numbers between two times, in seconds; None leaves that side open.
+
+    In `qwen_vl_utils` as there: start <= time <= end, and more than one frame. Else start <= time < end.
+
+    Raises:
+        SamplingError: if there are none.
+    """
     n = info.num_frames
+    if start is None and end is None:
+        return range(n)
+    if sampling.dialect == "qwen_vl_utils":
+        if info.times:
+            first = 0 if start is None else bisect.bisect_left(info.times, start)
+            last = n - 1 if end is None else bisect.bisect_right(info.times, end) - 1
+        else:
+            seconds = n / info.fps
+            first = 0 if start is None else math.ceil(min(start, seconds) * info.fps)
+            last = n - 1 if end is None else min(math.floor(min(end, seconds) * info.fps), n - 1)
+        enough = first < last
+    else:
+        first = 0 if start is None else bisect.bisect_left(range(n), start, key=info.time)
+        last = n - 1 if end is None else bisect.bisect_left(range(n), end, key=info.time) - 1
+        enough = first <= last
+    if not enough:
+        raise SamplingError(
+            f"{'fewer than two frames lie' if sampling.dialect == 'qwen_vl_utils' else 'no frame lies'} between start "
+            f"and end; the last one is at {info.time(n - 1):.2f} s"
+        )
+    return range(first, last + 1)
+
+
+def count_frames(n: int, fps: float, duration: float, sampling: Sampling) -> int:
+    """How many of a clip's `n` frames the dialect asks for, before an odd count is evened out.
+
+    Raises:
+        SamplingError: if the clip is too short for the dialect.
+    """
     if sampling.dialect == "qwen_finetune":
-        wanted = max(int(n / info.fps * sampling.fps), sampling.min_frames)
-        return np.linspace(0, n - 1, min(wanted, sampling.max_frames, n)).round().astype(int).tolist()
-    wanted = max(sampling.min_frames, math.floor(info.duration * sampling.fps))
-    return np.linspace(0, n - 1, min(wanted, sampling.max_frames, n)).astype(np.int32).tolist()
+        return min(max(int(n / fps * sampling.fps), sampling.min_frames), sampling.max_frames, n)
+    if sampling.dialect == "llamafactory":
+        return min(max(sampling.min_frames, math.floor(duration * sampling.fps)), sampling.max_frames, n)
+    if sampling.nframes is not None:
+        count = round(sampling.nframes / 2) * 2
+    else:
+        least, most = math.ceil(sampling.min_frames / 2) * 2, math.floor(sampling.max_frames / 2) * 2
+        count = math.floor(min(max(n / fps * sampling.fps, least), most, n) / 2) * 2
+    if not 2 <= count <= n:
+        raise SamplingError(
+            f"qwen_vl_utils shows at least 2 frames and no more than the clip has; {count} of {n} asked"
+        )
+    return count
 
 
-def plan_frames(info: ClipInfo, sampling: Sampling) -> FramePlan:
+def sample_positions(n: int, count: int, sampling: Sampling, first: int = 0) -> list[int]:
+    """`count` evenly spread frame numbers from `first` to `first + n - 1`, as the dialect rounds them."""
+    last = first + n - 1
+    if sampling.dialect == "qwen_vl_utils":
+        return torch.linspace(first, last, count).round().long().tolist()
+    spread = np.linspace(first, last, count)
+    return (spread.astype(np.int32) if sampling.dialect == "llamafactory" else spread.round().astype(int)).tolist()
+
+
+def _nearest(times: tuple[float, ...], span: range, positions: list[int]) -> list[int]:
+    """The frames shown nearest to where `positions` would lie if all frames of the span were equally long."""
+    begin, length = times[span[0]], times[span[-1]] - times[span[0]]
+    found = []
+    for position in positions:
+        wanted = begin + length * (position - span[0]) / (len(span) - 1)
+        after = bisect.bisect_left(times, wanted, span.start, span.stop - 1)
+        before = max(after - 1, span[0])
+        found.append(before if wanted - times[before] <= times[after] - wanted else after)
+    return found
+
+
+def plan_frames(info: ClipInfo, sampling: Sampling, start: float | None = None, end: float | None = None) -> FramePlan:
     """Plan what is shown of a clip.
+
+    Args:
+        start, end: seconds; only what lies between is shown (`select_span`). Times count from the first frame of the
+            span, in `qwen_vl_utils` from the first frame of the file.
 
     Raises:
         SamplingError: if the clip has no frames, or a size that the vision tower cannot take.
     """
     if info.num_frames < 1:
         raise SamplingError("no video frames")
-    indices = sample_indices(info, sampling)
-    num_sampled = len(indices)
-    indices += indices[-1:] * (-num_sampled % sampling.temporal_patch_size)
-    times = tuple(info.times[i] for i in indices) if info.times else tuple(i / info.fps for i in indices)
-    factor = sampling.patch_size * sampling.merge_size
-    height, width = info.height, info.width
+    if sampling.timestamps == "index" and not info.pictures:
+        info = replace(info, times=(), fps=info.header_fps or info.fps)
+    utils = sampling.dialect == "qwen_vl_utils"
+    span = select_span(info, sampling, start, end)
+    n = len(span)
+    if utils and info.pictures:
+        indices = list(span)  # a list of pictures counts as sampled already
+    elif info.times and info.times[span[-1]] > info.times[span[0]]:
+        # Rounded, for times such as 0.1666…: int(n / 6.0000001 * fps) would be one frame short.
+        fps = round((n - 1) / (info.times[span[-1]] - info.times[span[0]]), 6)
+        count = count_frames(n, fps, n / fps, sampling)
+        indices = _nearest(info.times, span, sample_positions(n, count, sampling, span[0]))
+    else:
+        duration = info.duration if n == info.num_frames else n / info.fps
+        count = count_frames(n, info.fps, duration, sampling)
+        indices = sample_positions(n, count, sampling, span[0])
+    sampled = len(indices)
+    indices += indices[-1:] * (-sampled % sampling.temporal_patch_size)
+    origin = 0 if utils else span[0]
+    if info.times:
+        times = [info.times[i] - info.times[origin] for i in indices]
+    else:
+        # qwen-vl-utils repeats the last of an odd number of pictures under the next number, not under its own.
+        numbers = range(span[0], span[0] + len(indices)) if utils and info.pictures else indices
+        times = [(i - origin) / info.fps for i in numbers]
+    height, width, pre_size = _frame_size(info, sampling, sampled, len(indices))
+    grid = (len(indices) // sampling.temporal_patch_size, height // sampling.patch_size, width // sampling.patch_size)
+    return FramePlan(tuple(indices), tuple(times), height, width, grid, sampling.merge_size, pre_size)
+
+
+def _frame_size(
+    info: ClipInfo, sampling: Sampling, sampled: int, shown: int
+) -> tuple[int, int, tuple[int, int] | None]:
+    """Height and width of the frames shown, and of a first resize by PIL."""
+    height, width, factor = info.height, info.width, sampling.factor
+    if sampling.dialect == "qwen_vl_utils":
+        return _utils_size(info, sampling, shown)
     pre_size = None
     min_pixels, max_pixels = sampling.min_pixels, sampling.max_pixels
     if sampling.dialect == "llamafactory":
-        pre_size = llamafactory_size(height, width, min_pixels, max_pixels)
-        height, width = pre_size
+        pre_size = height, width = llamafactory_size(height, width, min_pixels, max_pixels)
         min_pixels, max_pixels = sampling.processor_min_pixels, sampling.processor_max_pixels
-        num_sampled = len(indices)  # here the odd frame is repeated before the size is chosen, elsewhere after
+        sampled = shown  # here the odd frame is repeated before the size is chosen, elsewhere after
     if min(height, width) < factor:
         raise SamplingError(f"frames are {width} x {height}; Qwen3-VL needs at least {factor} on each side")
-    height, width = smart_resize(
-        height, width, factor, min_pixels, max_pixels, num_sampled, sampling.temporal_patch_size
-    )
-    grid = (len(indices) // sampling.temporal_patch_size, height // sampling.patch_size, width // sampling.patch_size)
-    return FramePlan(tuple(indices), times, height, width, grid, sampling.merge_size, pre_size)
+    size = smart_resize(height, width, factor, min_pixels, max_pixels, sampled, sampling.temporal_patch_size)
+    return *size, pre_size
 
 
-def select_span(times: Sequence[float], start: float | None, end: float | None) -> range:
-    """Frame numbers whose time lies in [start, end), in seconds; None leaves that side open."""
-    chosen = [i for i, time in enumerate(times) if (start is None or time >= start) and (end is None or time < end)]
-    if not chosen:
-        last = f"{times[-1]:.2f}" if times else "0"
-        raise SamplingError(f"no frame lies between start and end; the last one is at {last} s")
-    return range(chosen[0], chosen[-1] + 1)
+def _utils_size(info: ClipInfo, sampling: Sampling, shown: int) -> tuple[int, int, tuple[int, int] | None]:
+    height, width, token = info.height, info.width, sampling.factor**2
+    fixed = None if sampling.resized_height is None else (sampling.resized_height, sampling.resized_width)
+    image_bounds = [tokens * token for tokens in _UTILS_IMAGE_TOKENS]
+    pre_size = None
+    if info.pictures:
+        # Pictures pass through its image loader first, which is told a patch twice as large as the real one.
+        least, most = (4 * pixels for pixels in image_bounds)
+        if fixed is None:
+            least, most = sampling.min_pixels or least, sampling.max_pixels or most
+        pre_size = height, width = utils_smart_resize(*(fixed or (height, width)), 2 * sampling.factor, least, most)
+    if fixed is not None:
+        return *utils_smart_resize(*fixed, sampling.factor, *image_bounds), pre_size
+    least = sampling.min_pixels or _UTILS_FRAME_TOKENS[0] * token
+    total = sampling.total_pixels or _UTILS_CONTEXT_TOKENS * token * 0.9
+    limit = max(min(_UTILS_FRAME_TOKENS[1] * token, total / shown * 2), int(least * 1.05))
+    size = utils_smart_resize(height, width, sampling.factor, least, min(sampling.max_pixels or limit, limit))
+    return *size, pre_size
