@@ -1,6 +1,13 @@
-"""The planned frames of a clip, decoded and resized: uint8, nothing else."""
+"""The planned frames of a clip, decoded and resized: uint8, nothing else.
 
-from collections.abc import Iterator
+A file is decoded from a key frame on, and only as far as wanted frames need it. Packets whose frame is not wanted and
+that no other frame refers to are left out: in usual H.264 and H.265 files that is up to half of them.
+"""
+
+import struct
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import BinaryIO
 
 import av
@@ -10,12 +17,28 @@ from PIL import Image
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
-from .probe import ClipError, open_container, video_stream
+from .probe import (
+    ClipError,
+    Orientation,
+    Packets,
+    VideoFile,
+    describe,
+    open_container,
+    packets_of,
+    video_stream,
+)
 from .sampling import FramePlan
+
+# Passing over this many packets by reading them costs about as much as a seek.
+_SEEK_GAP = 100
+
+
+class DisagreementError(Exception):
+    """What a file yields is not what its packets promised."""
 
 
 def resize_frame(frame: np.ndarray, plan: FramePlan) -> np.ndarray:
-    """One frame at its planned size, by the resizing of transformers' video processor.
+    """One frame at its planned size, by the resizing of transformers' video processor and of qwen-vl-utils.
 
     Args:
         frame: (H, W, 3) uint8.
@@ -27,40 +50,268 @@ def resize_frame(frame: np.ndarray, plan: FramePlan) -> np.ndarray:
         frame = np.asarray(Image.fromarray(frame).resize(plan.pre_size[::-1]))
     if frame.shape[:2] == (plan.height, plan.width):
         return frame
-    planes = torch.from_numpy(np.array(frame)).permute(2, 0, 1)
+    planes = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)
     planes = transforms.resize(planes, [plan.height, plan.width], InterpolationMode.BICUBIC, antialias=True)
     return planes.permute(1, 2, 0).numpy()
 
 
-def decode_frames(source: str | BinaryIO, plan: FramePlan) -> np.ndarray:
+def decode_frames(
+    source: str | BinaryIO, file: VideoFile, plan: FramePlan, threads: int = 0, timeout: float | None = None
+) -> np.ndarray:
     """The planned frames of a video file, (T, plan.height, plan.width, 3) uint8.
 
     Only wanted frames are converted to RGB, and each is resized at once, so memory holds the planned size alone.
 
+    Args:
+        file: what `probe` or `count_by_decoding` found, from which the plan was made.
+        threads: for the decoder; 0: as many as the machine has.
+        timeout: seconds that it may take altogether.
+
     Raises:
-        ClipError: if the file yields fewer frames than its packets promised.
+        DisagreementError: if the file yields other frames than its packets promised.
+        ClipError: if it takes too long, or cannot be opened.
     """
     shown = np.empty((len(plan.indices), plan.height, plan.width, 3), np.uint8)
-    wanted = sorted(set(plan.indices))
-    places = {index: [at for at, i in enumerate(plan.indices) if i == index] for index in wanted}
-    decoded = 0
-    for index, frame in _frames(source, wanted[-1]):
-        decoded = index + 1
-        if index in places:
-            shown[places.pop(index)] = resize_frame(frame.to_ndarray(format="rgb24"), plan)
+    places: dict[int, list[int]] = {}
+    for place, index in enumerate(plan.indices):
+        places.setdefault(index, []).append(place)
+    try:
+        with open_container(source, timeout) as container:
+            packets = packets_of(source, container, video_stream(container))
+        if packets.num_frames != file.info.num_frames and not file.counted:
+            raise DisagreementError("has other packets than when it was probed")
+        with open_container(source, timeout) as container:  # anew: not every container can be rewound
+            stream = video_stream(container)
+            stream.thread_type = "AUTO"
+            stream.codec_context.thread_count = 1 if file.counted else threads
+            tick = _deadline(timeout)
+            if file.counted or packets.in_order:
+                found = _by_order(container, stream, tick, tolerant=file.counted)
+            else:
+                found = _by_time(container, stream, packets, sorted(places), tick)
+            for index, frame in found:
+                if index not in places:
+                    continue
+                if not file.counted or index == 0:
+                    _check_frame(frame, file)
+                picture = resize_frame(file.orientation.apply(frame.to_ndarray(format="rgb24")), plan)
+                shown[places.pop(index)] = picture
+                if not places:
+                    break
+    except av.FFmpegError as error:
+        raise DisagreementError(f"cannot be decoded ({error.strerror})") from error
     if places:
-        raise ClipError(f"yields {decoded} frames where its packets promise at least {wanted[-1] + 1}; is it damaged?")
+        raise DisagreementError(f"frame {min(places)} is missing")
     return shown
 
 
-def _frames(source: str | BinaryIO, last: int) -> Iterator[tuple[int, av.VideoFrame]]:
+def count_by_decoding(source: str | BinaryIO, file: VideoFile, timeout: float | None = None) -> VideoFile:
+    """Decode a whole file, past its errors, and describe what came out.
+
+    Raises:
+        ClipError: if nothing did.
+    """
+    seconds: list[float] = []
+    first = None
     try:
-        with open_container(source) as container:
+        with open_container(source, timeout) as container:
             stream = video_stream(container)
-            stream.thread_type = "AUTO"
-            for index, frame in enumerate(container.decode(stream)):
-                yield index, frame
-                if index == last:
-                    return
+            stream.codec_context.thread_count = 1
+            for index, frame in _by_order(container, stream, _deadline(timeout), tolerant=True):
+                if first is None:
+                    first = frame
+                stamp = frame.pts if frame.pts is not None else frame.dts
+                rate = float(stream.average_rate or stream.guessed_rate or 1)
+                seconds.append(index / rate if stamp is None else float(stamp * frame.time_base))
+            if first is None:
+                raise ClipError("no frame of it can be decoded; the file is damaged")
+            orientation, size = _orientation(first), (first.height, first.width)
+            info = describe(stream, np.maximum.accumulate(np.array(seconds)), orientation, size)
     except av.FFmpegError as error:
         raise ClipError(f"cannot be decoded ({error.strerror})") from error
+    note = file.note
+    if info.num_frames < file.info.num_frames:
+        note = f"{info.num_frames} of its {file.info.num_frames} frames can be decoded: it is damaged, or its packets are not frames"
+    return replace(file, info=info, height=size[0], width=size[1], orientation=orientation, counted=True, note=note)
+
+
+def _deadline(timeout: float | None) -> Callable[[], None]:
+    """A function that raises once `timeout` seconds have passed."""
+    end = None if timeout is None else time.monotonic() + timeout
+
+    def tick() -> None:
+        if end is not None and time.monotonic() > end:
+            raise ClipError(f"decoding took more than video_timeout, {timeout:g} s")
+
+    return tick
+
+
+def _orientation(frame: av.VideoFrame) -> Orientation:
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    return Orientation() if matrix is None else Orientation.of_matrix(struct.unpack("<9i", bytes(matrix)))
+
+
+def _check_frame(frame: av.VideoFrame, file: VideoFile) -> None:
+    if (frame.height, frame.width) != (file.height, file.width):
+        raise DisagreementError(f"frames are {frame.width} x {frame.height}, not {file.width} x {file.height}")
+    if _orientation(frame) != file.orientation:
+        raise DisagreementError("frames are turned otherwise than the track says")
+
+
+def _by_order(
+    container: av.container.InputContainer, stream: av.VideoStream, tick: Callable[[], None], tolerant: bool
+) -> Iterator[tuple[int, av.VideoFrame]]:
+    """All frames with their number in the order in which they come out.
+
+    Args:
+        tolerant: pass over what cannot be decoded and frames that came out damaged.
+    """
+    number = 0
+    demuxer = container.demux(stream)
+    while True:
+        tick()
+        try:
+            packet = next(demuxer)
+            frames = stream.decode(packet)
+        except StopIteration:
+            return
+        except av.FFmpegError:
+            if not tolerant:
+                raise
+            frames = []
+        for frame in frames:
+            if tolerant and frame.is_corrupt:
+                continue
+            yield number, frame
+            number += 1
+
+
+def _by_time(
+    container: av.container.InputContainer,
+    stream: av.VideoStream,
+    packets: Packets,
+    wanted: list[int],
+    tick: Callable[[], None],
+) -> Iterator[tuple[int, av.VideoFrame]]:
+    """The wanted frames with their numbers in order of presentation, told apart by their time stamps.
+
+    Args:
+        wanted: frame numbers, increasing.
+    """
+    shown = np.flatnonzero(packets.shown)
+    positions = shown[np.argsort(packets.pts[shown])][wanted]
+    numbers = dict(zip(packets.pts[positions].tolist(), wanted, strict=True))
+    refers = _reference_test(stream)
+    demuxer, position = container.demux(stream), 0  # position: of the next packet
+    for begin, end in _runs(packets, positions):
+        if position != begin:
+            if position:
+                yield from _named(stream.decode(None), numbers)
+                stream.codec_context.flush_buffers()
+            if not 0 <= begin - position < _SEEK_GAP:
+                container.seek(int(packets.pts[begin]), stream=stream)
+                demuxer = container.demux(stream)
+                packet = next(demuxer)
+                if packet.pts != packets.pts[begin]:
+                    raise DisagreementError("its index leads to another key frame")
+                yield from _named(stream.decode(packet), numbers)
+                position = begin + 1
+        while position < end:
+            tick()
+            packet = next(demuxer)
+            if packet.dts is None and not packet.size:
+                raise DisagreementError("it ends before its last wanted frame")
+            if position >= begin and (packet.pts in numbers or refers(packet)):
+                yield from _named(stream.decode(packet), numbers)
+            position += 1
+    yield from _named(stream.decode(None), numbers)
+
+
+def _runs(packets: Packets, positions: np.ndarray) -> list[tuple[int, int]]:
+    """Stretches of packets, first and one past the last, that must be gone through for the packets at `positions`.
+
+    Each begins with the last key frame before a wanted one, in decoding order and in time: pictures that come after
+    a key frame in the file and before it in time may refer to what lies before.
+    """
+    keys = np.flatnonzero(packets.keys)
+    runs: list[tuple[int, int]] = []
+    for position in sorted(positions.tolist()):
+        before = keys[: np.searchsorted(keys, position, side="right")]
+        usable = before[packets.pts[before] <= packets.pts[position]]
+        begin = int(usable[-1]) if len(usable) else 0
+        if runs and begin <= runs[-1][1]:
+            runs[-1] = (min(begin, runs[-1][0]), position + 1)
+        else:
+            runs.append((begin, position + 1))
+    return runs
+
+
+def _named(frames: list[av.VideoFrame], numbers: dict[int, int]) -> Iterator[tuple[int, av.VideoFrame]]:
+    for frame in frames:
+        if frame.pts in numbers:
+            if frame.is_corrupt:
+                raise DisagreementError(f"frame {numbers[frame.pts]} is damaged")
+            yield numbers[frame.pts], frame
+
+
+def _reference_test(stream: av.VideoStream) -> Callable[[av.Packet], bool]:
+    """Whether other frames may refer to a packet's frame; True wherever its first bytes do not rule it out.
+
+    Read are nal_ref_idc (ITU-T H.264, 7.4.1), sub-layer non-reference types of the highest sub-layer (H.265, 7.4.2.2)
+    and B pictures of MPEG-4 part 2 and MPEG-2.
+    """
+    codec, extra = stream.codec_context.name, stream.codec_context.extradata or b""
+    packed = extra[:1] == b"\1"  # MP4 and Matroska put a unit's length before it, others a start code
+    if codec == "h264":
+        length = (extra[4] & 3) + 1 if packed and len(extra) > 4 else 0
+
+        def refers(unit: bytes) -> bool | None:
+            kind = unit[0] & 31
+            return bool(unit[0] >> 5 & 3) if 1 <= kind <= 5 else (True if kind in (7, 8, 13, 15) else None)
+    elif codec == "hevc" and packed and len(extra) > 21:
+        length, layers = (extra[21] & 3) + 1, extra[21] >> 3 & 7
+
+        def refers(unit: bytes) -> bool | None:
+            kind, layer = unit[0] >> 1 & 63, (unit[1] & 7) - 1
+            if kind < 32:
+                return not (kind < 16 and kind % 2 == 0 and layer == layers - 1)
+            return True if kind <= 34 else None
+    elif codec == "mpeg4":
+        length = 0
+
+        def refers(unit: bytes) -> bool | None:
+            return unit[1] >> 6 != 2 if unit[0] == 0xB6 else None
+    elif codec == "mpeg2video":
+        length = 0
+
+        def refers(unit: bytes) -> bool | None:
+            return unit[2] >> 3 & 7 != 3 if unit[0] == 0 else None
+    else:
+        return lambda packet: True
+
+    def any_refers(packet: av.Packet) -> bool:
+        found = [said for unit in _units(bytes(packet), length) if (said := refers(unit)) is not None]
+        return any(found) or not found or (codec == "mpeg4" and len(found) > 1)  # some AVIs pack two into one
+
+    return any_refers
+
+
+def _units(data: bytes, length: int) -> Iterator[bytes]:
+    """The first bytes of each unit of a packet.
+
+    Args:
+        length: bytes of the length that stands before each unit; 0: a start code 00 00 01 does.
+    """
+    at = 0
+    while True:
+        if length:
+            unit = at + length
+            at = unit + int.from_bytes(data[at:unit])
+        else:
+            unit = data.find(b"\0\0\1", at) + 3
+            at = unit
+            if unit < 3:
+                return
+        if unit + 3 > len(data):
+            return
+        yield data[unit : unit + 3]

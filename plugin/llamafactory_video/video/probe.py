@@ -1,79 +1,316 @@
-"""What is in a video file, from its packets alone: no frame is decoded, and header counts are not believed."""
+"""What is in a video file, from its packets alone: no frame is decoded, and header counts are not believed.
 
-import functools
+Files are untrusted. Only containers that hold their own data are opened, from one file, and frames are bounded in size
+before memory is taken for one.
+"""
+
 import io
 import os
+import stat
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import av
+import numpy as np
 from PIL import Image, ImageOps
 
 from .sampling import ClipInfo
+
+# The greatest frame or picture that is decoded, in pixels: twice what 8K has.
+MAX_FRAME_PIXELS = 1 << 26
+# Containers that hold their data themselves. Playlists and image sequences, which name other files, are not here.
+_CONTAINERS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,gif,asf,ogg,h264,hevc,m4v,ivf,mxf,av1,obu"
+)
+_PICTURES = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM")
+# Times are those of a constant rate if none is further off than its container's rounding, at most this (seconds).
+_ROUNDING = 0.002
+_COVER = av.stream.Disposition.attached_pic
 
 
 class ClipError(ValueError):
     """A clip that cannot be shown; the message names it."""
 
 
-def open_container(source: str | BinaryIO) -> av.container.InputContainer:
-    """Open a video for reading. A file may not make the decoder open another file or an address."""
-    if not isinstance(source, str):
-        source.seek(0)
-    return av.open(source, options={"protocol_whitelist": "file"} if isinstance(source, str) else {})
+@dataclass(frozen=True)
+class Orientation:
+    """How stored frames are turned to stand as a player shows them: first transposed, then flipped."""
+
+    transpose: bool = False
+    flip_horizontal: bool = False
+    flip_vertical: bool = False
+
+    def apply(self, frame: np.ndarray) -> np.ndarray:
+        """A stored frame (H, W, 3) as a player shows it, a view."""
+        frame = frame.swapaxes(0, 1) if self.transpose else frame
+        return frame[:: -1 if self.flip_vertical else 1, :: -1 if self.flip_horizontal else 1]
+
+    @classmethod
+    def of_matrix(cls, matrix: Sequence[int]) -> "Orientation":
+        """From a display matrix in rows (a, b, u), (c, d, v), (x, y, w), as MP4 and FFmpeg have it."""
+        a, b, _, c, d = matrix[:5]
+        if abs(a) >= abs(b):
+            return cls(False, a < 0, d < 0)
+        return cls(True, c < 0, b < 0)
+
+
+@dataclass(frozen=True)
+class VideoFile:
+    """A video file as its packets describe it.
+
+    Attributes:
+        info: what is shown of it.
+        height, width: of its stored frames, in pixels.
+        orientation: how they are turned.
+        counted: `info` comes from decoding, since packets told it wrong or the file is damaged.
+        note: what a person should know of the file, such as how much of it is lost.
+        stamp: size in bytes and time of the last change in ns, as the file was when probed.
+    """
+
+    info: ClipInfo
+    height: int
+    width: int
+    orientation: Orientation = Orientation()
+    counted: bool = False
+    note: str = ""
+    stamp: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
+class Packets:
+    """A stream's packets in decoding order.
+
+    Attributes:
+        pts: presentation time stamps in units of the stream's time base, (n,) int64.
+        keys: at which decoding can begin, (n,) bool.
+        shown: whose frames are shown, (n,) bool.
+        seconds: presentation times of the frames that are shown, sorted, (frames,) float64.
+        in_order: time stamps are missing or not unique, so frames are told apart by their order alone.
+        lost: why some packets are missing, or "".
+    """
+
+    pts: np.ndarray
+    keys: np.ndarray
+    shown: np.ndarray
+    seconds: np.ndarray
+    in_order: bool
+    lost: str = ""
+
+    @property
+    def num_frames(self) -> int:
+        return len(self.seconds)
+
+
+_RECENT = 8  # files whose packets are kept in hand: they are decoded right after they were probed
+_recent: dict[Any, Packets] = {}
+
+
+def file_stamp(path: str) -> tuple[int, int]:
+    """Size in bytes and time of the last change in ns.
+
+    Raises:
+        ClipError: if it is not a file that can be opened; a pipe or a device could block for ever.
+    """
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError) as error:
+        raise ClipError(f"cannot be opened ({getattr(error, 'strerror', error)})") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise ClipError("is not a regular file")
+    return found.st_size, found.st_mtime_ns
+
+
+def open_container(source: str | BinaryIO, timeout: float | None = None) -> av.container.InputContainer:
+    """Open a video for reading. It may not make the decoder open another file or an address.
+
+    Args:
+        timeout: seconds that opening, and each read, may take.
+    """
+    options = {"format_whitelist": _CONTAINERS, "max_pixels": str(MAX_FRAME_PIXELS)}
+    if isinstance(source, str):
+        # With `file:` a name such as concat:a|b or http://… is that of a file as well.
+        return av.open(f"file:{source}", options={**options, "protocol_whitelist": "file"}, timeout=timeout)
+    source.seek(0)
+    return av.open(source, options={**options, "protocol_whitelist": "none"}, timeout=timeout)
 
 
 def video_stream(container: av.container.InputContainer) -> av.VideoStream:
-    """The first video stream that is not a cover picture.
+    """The first video stream that is not a cover picture, as every reader but the players takes it.
 
     Raises:
-        ClipError: if there is none.
+        ClipError: if there is none, no decoder for it, or its frames are too large.
     """
     for stream in container.streams.video:
-        if not stream.disposition & av.stream.Disposition.attached_pic:
-            return stream
+        if stream.disposition & _COVER:
+            continue
+        if stream.codec_context is None:
+            raise ClipError("holds video in a format that cannot be decoded")
+        if stream.width * stream.height > MAX_FRAME_PIXELS:
+            raise ClipError(
+                f"has frames of {stream.width} x {stream.height}; at most {MAX_FRAME_PIXELS} pixels are decoded"
+            )
+        stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
+        return stream
     raise ClipError("holds no video stream")
 
 
-def probe(source: str | BinaryIO) -> ClipInfo:
-    """Count a video's frames and read their times.
+def _scan(container: av.container.InputContainer, stream: av.VideoStream) -> Packets:
+    pts, dts, keys, shown, lost = [], [], [], [], ""
+    hides = stream.codec_context.name == "vp8"  # some of its frames are not shown: the fifth bit of the first byte
+    try:
+        for packet in container.demux(stream):
+            if not packet.size:
+                continue
+            if packet.is_corrupt:
+                lost = "it ends in the middle of a frame"
+            pts.append(packet.pts)
+            dts.append(packet.dts)
+            keys.append(packet.is_keyframe)
+            hidden = hides and not bytes(packet)[0] & 0x10
+            shown.append(not (packet.is_discard or packet.is_corrupt or hidden))
+    except av.FFmpegError as error:
+        lost = f"it cannot be read to its end ({error.strerror})"
+    if not any(shown):
+        raise ClipError("holds no video frames" + (f"; {lost}" if lost else ""))
+    if not lost and stream.frames > len(pts) and "mp4" in container.format.name:  # AVI counts frames left out too
+        lost = f"its header promises {stream.frames} frames"
+    visible = [stamp for stamp, show in zip(pts, shown, strict=True) if show]
+    stamps = visible if None not in visible else [stamp for stamp, show in zip(dts, shown, strict=True) if show]
+    if None in stamps:
+        seconds = np.arange(len(stamps)) / float(stream.average_rate or stream.guessed_rate or 1)
+    else:
+        seconds = np.sort(np.array(stamps, np.int64)) * float(stream.time_base)
+    in_order = None in pts or len(set(visible)) < len(visible)
+    array = np.array([0 if stamp is None else stamp for stamp in pts], np.int64)
+    return Packets(array, np.array(keys), np.array(shown), seconds, in_order, lost)
+
+
+def packets_of(source: str | BinaryIO, container: av.container.InputContainer, stream: av.VideoStream) -> Packets:
+    """All packets of a video's stream, of which none is decoded; reads the container to its end.
+
+    A file that was probed just before is not read again.
+
+    Raises:
+        ClipError: if there are none.
+    """
+    key = (source, file_stamp(source)) if isinstance(source, str) else None
+    packets = _recent.get(key)
+    if packets is None:
+        packets = _scan(container, stream)
+        if key is not None:
+            if len(_recent) >= _RECENT:
+                _recent.pop(next(iter(_recent)), None)
+            _recent[key] = packets
+    return packets
+
+
+def frame_rate(seconds: np.ndarray, header: Fraction | None, tick: float) -> tuple[float, bool]:
+    """Frames per second of sorted presentation times, and whether the rate is constant.
+
+    The header's rate is taken if the times bear it out, then the nearest of the usual rates, then what the times say.
+
+    Args:
+        seconds: (n,).
+        tick: the container's unit of time, in seconds.
+    """
+    n = len(seconds)
+    if n < 2 or seconds[-1] <= seconds[0]:
+        return float(header or 1), True
+    measured = (n - 1) / (seconds[-1] - seconds[0])
+    numbers = np.arange(n)
+    for rate in (header, round(measured), Fraction(round(measured * 1.001) * 1000, 1001), measured):
+        if rate and np.abs(seconds - seconds[0] - numbers / float(rate)).max() <= min(tick, _ROUNDING) + 1e-9:
+            return float(rate), True
+    return round(float(measured), 6), False
+
+
+def describe(
+    stream: av.VideoStream,
+    seconds: np.ndarray,
+    orientation: Orientation,
+    size: tuple[int, int],
+) -> ClipInfo:
+    """What is shown of frames at `seconds`, (n,) sorted, of stored `size` (height, width)."""
+    rate, constant = frame_rate(seconds, stream.average_rate, float(stream.time_base))
+    height, width = size
+    aspect = stream.sample_aspect_ratio
+    width = width if not aspect else max(1, round(width * aspect))
+    if orientation.transpose:
+        height, width = width, height
+    times = () if constant else tuple((seconds - seconds[0]).tolist())
+    header = float(stream.average_rate) if stream.average_rate else None
+    return ClipInfo(len(seconds), rate, len(seconds) / rate, height, width, times, None if header == rate else header)
+
+
+def probe(source: str | BinaryIO, timeout: float | None = None) -> VideoFile:
+    """Count a video's frames and read their times, size and orientation.
 
     Raises:
         ClipError: if it is not a video that can be read.
     """
-    if not isinstance(source, str):
-        return _probe(source)
+    stamp = file_stamp(source) if isinstance(source, str) else (0, 0)
     try:
-        stat = os.stat(source)
-    except OSError as error:
-        raise ClipError(f"cannot be opened ({error.strerror})") from error
-    return _probe_cached(source, stat.st_size, stat.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=16384)
-def _probe_cached(path: str, size: int, mtime_ns: int) -> ClipInfo:
-    return _probe(path)
-
-
-def _probe(source: str | BinaryIO) -> ClipInfo:
-    try:
-        with open_container(source) as container:
+        with open_container(source, timeout) as container:
             stream = video_stream(container)
-            packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
-            if not packets:
-                raise ClipError("holds no video frames")
-            times = sorted(float(packet.pts * packet.time_base) for packet in packets if packet.pts is not None)
-            rate = stream.average_rate or stream.guessed_rate
-            if stream.duration is not None:
-                duration = float(stream.duration * stream.time_base)
-            elif len(times) > 1:
-                duration = (times[-1] - times[0]) * len(times) / (len(times) - 1)
-            else:
-                duration = len(packets) / float(rate or 1)
-            fps = float(rate) if rate else len(packets) / duration
-            return ClipInfo(len(packets), fps, duration, stream.height, stream.width)
+            packets = packets_of(source, container, stream)
+            orientation = Orientation()
+            if "mp4" in container.format.name:
+                orientation = _track_orientation(source, stream.id)
+            size = stream.height, stream.width
+            info = describe(stream, packets.seconds, orientation, size)
+            note = f"only {info.num_frames} frames can be read: {packets.lost}" if packets.lost else ""
+            return VideoFile(info, *size, orientation, note=note, stamp=stamp)
     except av.FFmpegError as error:
         raise ClipError(f"is not a video that can be read ({error.strerror})") from error
+
+
+def _boxes(file: BinaryIO, end: int) -> Any:
+    """Type, and start and end of the content, of each box of an MP4 file from the current position up to `end`."""
+    while (start := file.tell()) + 8 <= end:
+        size, kind = struct.unpack(">I4s", file.read(8))
+        if size == 1:
+            size = struct.unpack(">Q", file.read(8).rjust(8, b"\0"))[0]
+        stop = end if size == 0 else start + size
+        if stop <= start or stop > end:
+            return
+        yield kind, file.tell(), stop
+        file.seek(stop)
+
+
+def _track_orientation(source: str | BinaryIO, track_id: int) -> Orientation:
+    """The orientation in the track header of an MP4 or MOV file (ISO/IEC 14496-12, 8.3.2).
+
+    PyAV does not tell it before a frame is decoded.
+    """
+    file = open(source, "rb") if isinstance(source, str) else source  # noqa: SIM115
+    try:
+        end = file.seek(0, io.SEEK_END)
+        file.seek(0)
+        for kind, start, stop in _boxes(file, end):
+            if kind != b"moov":
+                continue
+            file.seek(start)
+            for track, inside, track_end in _boxes(file, stop):
+                if track != b"trak":
+                    continue
+                file.seek(inside)
+                for header, begin, _ in _boxes(file, track_end):
+                    if header == b"tkhd":
+                        file.seek(begin)
+                        content = file.read(96)
+                        long = content[0] == 1  # version 1 has 64-bit times
+                        if struct.unpack_from(">I", content, 20 if long else 12)[0] == track_id:
+                            return Orientation.of_matrix(struct.unpack_from(">9i", content, 52 if long else 40))
+    except (struct.error, IndexError):
+        pass  # whatever the decoder finds in place of it is compared when frames are decoded
+    finally:
+        if isinstance(source, str):
+            file.close()
+    return Orientation()
 
 
 def open_picture(source: Any) -> Image.Image:
@@ -90,11 +327,10 @@ def open_picture(source: Any) -> Image.Image:
     if isinstance(source, bytes):
         source = io.BytesIO(source)
     try:
-        picture = source if isinstance(source, Image.Image) else Image.open(source)
+        picture = source if isinstance(source, Image.Image) else _open_bounded(source)
         return ImageOps.exif_transpose(picture).convert("RGB")
-    except (OSError, Image.DecompressionBombError) as error:
-        name = source if isinstance(source, str | Path) else "picture"
-        raise ClipError(f"{name}: is not a picture that can be read ({error})") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ClipError(f"{_picture_name(source)}: is not a picture that can be read ({error})") from error
 
 
 def picture_size(source: Any) -> tuple[int, int]:
@@ -103,8 +339,19 @@ def picture_size(source: Any) -> tuple[int, int]:
         picture = open_picture(source)
         return picture.height, picture.width
     try:
-        with Image.open(source) as picture:
+        with _open_bounded(source) as picture:
             turned = picture.getexif().get(0x0112) in (5, 6, 7, 8)  # EXIF orientations that swap the sides
             return (picture.width, picture.height) if turned else (picture.height, picture.width)
-    except (OSError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ClipError(f"{source}: is not a picture that can be read ({error})") from error
+
+
+def _open_bounded(source: Any) -> Image.Image:
+    picture = Image.open(source, formats=_PICTURES)
+    if picture.width * picture.height > MAX_FRAME_PIXELS:
+        raise ValueError(f"{picture.width} x {picture.height}; at most {MAX_FRAME_PIXELS} pixels are decoded")
+    return picture
+
+
+def _picture_name(source: Any) -> str:
+    return str(source) if isinstance(source, str | Path) else "picture"
