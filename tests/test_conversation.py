@@ -247,8 +247,8 @@ WRONG = {
         "messages[0].content[0].max_pixels: unknown setting",
     ),
     "setting of an item": (
-        messages([{"type": "video", "video": "a.mp4", "sample_fps": 5}], "答"),
-        "messages[0].content[0].video.sample_fps: unknown setting",
+        messages([{"type": "video", "video": "a.mp4", "video_fps": 5}], "答"),
+        "messages[0].content[0].video.video_fps: unknown setting",
     ),
     "endless": (
         '{"video": {"path": "a.mp4", "max_frames": 1e400}, "conversations": [{"from": "human", "value": "<video>"}]}',

@@ -299,10 +299,10 @@ def test_settings_that_cannot_work_are_refused(home, tmp_path, keys, message):
 def test_llamafactorys_defaults_keep_their_meaning(home, tmp_path):
     """Without video_sampling, keys mean what they mean in LLaMA-Factory: pixels of one frame, 128 frames at most."""
     _, module, _ = dataset(home, tmp_path, video_sampling="llamafactory")
-    sampling = module["processor"].frame_sampling
+    sampling = module["processor"].clip_reader.sampling
     assert (sampling.fps, sampling.max_frames, sampling.min_pixels, sampling.max_pixels) == (2.0, 128, 256, 65536)
     _, module, _ = dataset(home, tmp_path, video_max_frames=32, video_min_pixels=401408)
-    sampling, video = module["processor"].frame_sampling, module["processor"].video_processor
+    sampling, video = module["processor"].clip_reader.sampling, module["processor"].video_processor
     assert (sampling.fps, sampling.min_frames, sampling.max_frames) == (2, 4, 32)
     assert (video.size.shortest_edge, video.max_frames) == (401408, 32)
 
@@ -314,7 +314,7 @@ def test_nothing_is_tokenized_ahead(home, tmp_path, monkeypatch):
     encoded = []
     encode = RecordEncoder.encode
     monkeypatch.setattr(RecordEncoder, "encode", lambda self, row: encoded.append(row) or encode(self, row))
-    data, _, _ = dataset(home, tmp_path)
+    data, _, _ = dataset(home, tmp_path, cutoff_len=100000)
     assert len(encoded) == 1
     data["train_dataset"][5]
     assert len(encoded) == 2

@@ -267,7 +267,7 @@ def test_chat_samples_as_training_did(train, name):
     output = train("wzry_full_1gpu").output
     assert saved_sampling(output) == saved_sampling(output / "checkpoint-2") == SAMPLING
     model_args = get_infer_args(recipe(name, model_name_or_path=str(output)))[0]
-    sampling = load_tokenizer(model_args)["processor"].frame_sampling
+    sampling = load_tokenizer(model_args)["processor"].clip_reader.sampling
     assert sampling.dialect == "qwen_finetune"
     used = (sampling.fps, sampling.min_frames, sampling.max_frames, sampling.min_pixels, sampling.max_pixels)
     assert used == SAMPLING

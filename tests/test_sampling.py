@@ -1,29 +1,42 @@
-"""Frames, times and sizes against transformers' Qwen3-VL processors and LLaMA-Factory's own code."""
+"""Frames, times, sizes and pixels against transformers' processors, LLaMA-Factory's and qwen-vl-utils' own code."""
 
 import math
+import sys
+from dataclasses import replace
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from llamafactory.data import mm_plugin
+from llamafactory_video.video.decode import resize_frame
 from llamafactory_video.video.sampling import (
     ClipInfo,
     Sampling,
     SamplingError,
+    count_frames,
+    image_size,
     plan_frames,
+    sample_positions,
     select_span,
     smart_resize,
 )
+from PIL import Image
+from qwen_vl_utils import vision_process
 from transformers import Qwen3VLProcessor, Qwen3VLVideoProcessor
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize as image_smart_resize
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as video_smart_resize
 from transformers.video_utils import VideoMetadata
 
+RATES = [1, 3, 10, 15, 23.976, 24, 25, 29.97, 30, 50, 59.94, 60, 120]
+
 clips = st.builds(
     lambda frames, fps, height, width: ClipInfo(frames, fps, frames / fps, height, width),
     st.integers(1, 4000),
-    st.sampled_from([1, 3, 10, 15, 23.976, 24, 25, 29.97, 30, 50, 59.94, 60, 120]) | st.floats(0.5, 240),
+    st.sampled_from(RATES) | st.floats(0.5, 240),
     st.integers(32, 2200),
     st.integers(32, 4000),
 )
@@ -54,30 +67,371 @@ def test_qwen_finetune_equals_transformers(info, fps, min_frames, more, min_pixe
     assert plan.num_tokens == math.prod(plan.grid) // 4
 
 
-@settings(max_examples=500, deadline=None)
-@given(clips, st.floats(0.1, 30), st.integers(1, 256), st.integers(256, 10**6), st.integers(1, 64))
-def test_llamafactory_equals_its_own_code(info, fps, maxlen, min_pixels, factor):
-    from llamafactory.data.mm_plugin import get_mm_plugin
+class Path(str):
+    """Stands for a file's path where a reference opens one; carries what its reader is to find."""
 
+    __slots__ = ("frames", "info", "stream")
+
+    def __new__(cls, **carried):
+        path = super().__new__(cls, "clip.mp4")
+        for name, value in carried.items():
+            setattr(path, name, value)
+        return path
+
+
+@settings(max_examples=1500, deadline=None)
+@given(
+    clips, st.floats(0.1, 30), st.integers(1, 256), st.integers(256, 10**6), st.integers(1, 64), st.floats(0.5, 1.5)
+)
+def test_llamafactory_equals_its_own_code(info, fps, maxlen, min_pixels, factor, header_lie):
     max_pixels = min_pixels * factor
-    stock = get_mm_plugin("qwen3_vl", image_token="<|image_pad|>", video_token="<|video_pad|>")
-    stream = SimpleNamespace(frames=info.num_frames, duration=info.duration, time_base=1)
-    indices = stock._get_video_sample_indices(stream, fps, maxlen).tolist()
-    indices += indices[-1:] * (len(indices) % 2)
-    width, height = stock._get_qwen_video_size_after_regularization(info.width, info.height, max_pixels, min_pixels)
+    info = replace(info, duration=info.duration * header_lie)
+    stream = SimpleNamespace(
+        type="video",
+        frames=info.num_frames,
+        duration=info.duration,
+        time_base=1,
+        average_rate=info.fps,
+        width=info.width,
+        height=info.height,
+    )
+    container = SimpleNamespace(streams=[stream], close=lambda: None)
+    processor = SimpleNamespace(
+        image_processor=Qwen3VLVideoProcessor,
+        video_processor=SimpleNamespace(
+            patch_size=16, temporal_patch_size=2, merge_size=2, size={"shortest_edge": 4096, "longest_edge": 25165824}
+        ),
+        video_fps=fps,
+        video_maxlen=maxlen,
+        video_min_pixels=min_pixels,
+        video_max_pixels=max_pixels,
+    )
+    stock = mm_plugin.get_mm_plugin("qwen3_vl", image_token="<|image_pad|>", video_token="<|video_pad|>")
     sampling = Sampling("llamafactory", fps, 1, maxlen, min_pixels, max_pixels)
-    if min(height, width) < 32 or max(height, width) > 200 * min(height, width):
-        with pytest.raises(SamplingError, match="at least 32|200 times"):
-            plan_frames(info, sampling)
-        return
-    size = stock._get_qwen_video_resize(len(indices), height, width, 16, 2, 2, 4096, 25165824)
+    with mock.patch("av.open", lambda path, mode: container):
+        try:
+            metadata = stock._get_video_token_metadata(["clip.mp4"], processor)
+        except ValueError:
+            with pytest.raises(SamplingError, match="at least 32|200 times"):
+                plan_frames(info, sampling)
+            return
+    indices = stock._get_video_sample_indices(stream, fps, maxlen).tolist()
+    width, height = stock._get_qwen_video_size_after_regularization(info.width, info.height, max_pixels, min_pixels)
+    grid = metadata["video_grid_thw"][0]
+
     plan = plan_frames(info, sampling)
-    assert list(plan.indices) == indices
+    assert list(plan.indices) == indices + indices[-1:] * (len(indices) % 2)
     assert plan.pre_size == (height, width)
-    assert (plan.height, plan.width) == size
+    assert list(plan.grid) == grid.tolist()
+    assert (plan.height, plan.width) == (16 * grid[1], 16 * grid[2])
+    assert plan.num_tokens == grid.prod() // 4
+    assert plan.timestamps == Qwen3VLProcessor._calculate_timestamps(None, indices, info.fps)
+    shown = metadata["video_metadata"][0]
+    assert plan.timestamps == pytest.approx(
+        Qwen3VLProcessor._calculate_timestamps(None, shown.frames_indices, shown.fps), rel=1e-12, abs=1e-12
+    )
+
+
+class Reader:
+    """decord.VideoReader of a `Path` to an `info`; its frames have no channels, so no memory, where none are given."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __len__(self):
+        return self.path.info.num_frames
+
+    def get_avg_fps(self):
+        return self.path.info.fps
+
+    def get_batch(self, indices):
+        if self.path.frames is not None:
+            return SimpleNamespace(asnumpy=lambda: self.path.frames[indices])
+        return SimpleNamespace(asnumpy=lambda: no_pixels(self.path.info.height, self.path.info.width, len(indices)))
+
+
+class Picture(Image.Image):
+    """A PIL image of a size alone."""
+
+    def __init__(self, height, width):
+        super().__init__()
+        self._size, self._mode = (width, height), "RGB"
+
+    def convert(self, mode):
+        return self
+
+    def resize(self, size):
+        if 0 in size:
+            raise ValueError("height and width must be > 0")  # as PIL says
+        return Picture(*size[::-1])
+
+    @property
+    def __array_interface__(self):
+        return no_pixels(self.height, self.width).__array_interface__
+
+
+def no_pixels(height, width, *frames):
+    return np.empty((*frames, height, width, 0), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def utils():
+    """qwen-vl-utils as it is, with a decord that reads a `Path`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "decord", SimpleNamespace(VideoReader=Reader))
+        patch.setattr(vision_process, "get_video_reader_backend", lambda: "decord")
+        # The package reads again with torchvision where decord fails; here it shall fail again.
+        patch.setitem(vision_process.VIDEO_READER_BACKENDS, "torchvision", vision_process._read_video_decord)
+        patch.setattr(vision_process, "MODEL_SEQ_LEN", 128000)
+        patch.setattr(vision_process.logger, "disabled", True)
+        yield vision_process
+
+
+def fetch_sizes(utils, element):
+    """What fetch_video would show: indices, rate, size before and after its last resize; None where it refuses."""
+    sizes = []
+
+    def resize(video, size, **_):
+        if 0 in size:
+            raise ValueError("Input and output sizes should be greater than 0")  # torch refuses them too
+        sizes.extend([tuple(video.shape[-2:]), tuple(size)])
+        return video
+
+    try:
+        with mock.patch.object(utils.transforms.functional, "resize", resize):
+            _, metadata = utils.fetch_video(element, image_patch_size=16, return_video_metadata=True)
+    except (ValueError, AssertionError):
+        return None
+    return metadata["frames_indices"], metadata["fps"], *sizes
+
+
+def check_utils_plan(expected, info, given, start=None, end=None):
+    """Compares the plan, or the refusal, with what `fetch_sizes` returned, and returns the plan."""
+    if expected is None:
+        with pytest.raises(SamplingError):
+            plan_frames(info, utils_sampling(**given), start, end)
+        return None
+    indices, rate, before, (height, width) = expected
+    plan = plan_frames(info, utils_sampling(**given), start, end)
+    if info.pictures:
+        assert list(plan.indices) == [min(i, info.num_frames - 1) for i in indices]
+    else:
+        assert list(plan.indices) == indices
+    assert plan.pre_size == (before if info.pictures else None)
+    assert (plan.height, plan.width) == (height, width)
+    assert plan.grid == (len(indices) // 2, height // 16, width // 16)
+    assert plan.num_tokens == len(indices) // 2 * height * width // 32**2
+    assert plan.timestamps == Qwen3VLProcessor._calculate_timestamps(None, indices, rate)
+    return plan
+
+
+def utils_sampling(**given):
+    return Sampling("qwen_vl_utils", **{"min_pixels": None, "max_pixels": None, **given})
+
+
+def scales(low, high):
+    """Whole numbers, as many small ones as large ones."""
+    return st.floats(math.log(low), math.log(high)).map(lambda x: min(max(round(math.exp(x)), low), high))
+
+
+def optional(**strategies):
+    return st.fixed_dictionaries({}, optional=strategies)
+
+
+def joined(*strategies):
+    """One dict of the settings of all."""
+    return st.tuples(*strategies).map(lambda found: {k: v for part in found for k, v in part.items()})
+
+
+# Without contradictions (least above most): Sampling refuses them by name, qwen-vl-utils not always.
+pixel_bounds = optional(min_pixels=scales(1, 10**6), max_pixels=scales(10**5, 10**7) | scales(1, 10**7)).filter(
+    lambda s: s.get("min_pixels", 1) <= s.get("max_pixels", 10**7)
+)
+fixed_sizes = st.just({}) | st.fixed_dictionaries(
+    {"resized_height": scales(1, 8000), "resized_width": scales(1, 8000)}
+)
+utils_pixels = joined(pixel_bounds, optional(total_pixels=scales(1, 10**9)), st.just({}) | fixed_sizes)
+utils_counts = optional(nframes=st.integers(2, 16) | st.integers(1, 1000)) | optional(
+    fps=st.floats(0.05, 30) | st.sampled_from([0.5, 1, 2, 4]),
+    min_frames=st.integers(1, 64),
+    max_frames=st.integers(1, 1000),
+).filter(lambda s: s.get("min_frames", 4) <= s.get("max_frames", 768))
+sides = st.integers(100, 2200) | scales(1, 4500)
+any_clips = st.builds(
+    lambda frames, fps, height, width: ClipInfo(frames, fps, frames / fps, height, width),
+    st.integers(1, 12) | st.integers(12, 4000) | st.integers(12, 500000),  # in long clips float32 shows
+    st.sampled_from(RATES) | st.floats(0.5, 240),
+    sides,
+    sides,
+)
+# Where a span begins and ends: None, a part of the clip's length, or one of its frames (from the end if negative).
+starts = st.none() | st.floats(-0.1, 0.6) | st.integers(0, 50)
+ends = st.none() | st.floats(0.4, 1.2) | st.integers(-50, -1)
+
+
+def seconds(moment, info):
+    if moment is None:
+        return None
+    return moment * info.duration if isinstance(moment, float) else moment % (info.num_frames + 1) / info.fps
+
+
+@settings(max_examples=4000, deadline=None)
+@given(any_clips, utils_counts, utils_pixels, starts, ends)
+def test_qwen_vl_utils_equals_the_package(utils, info, counts, pixels, start, end):
+    start, end = seconds(start, info), seconds(end, info)
+    span = {"video_start": start, "video_end": end}
+    span = {key: value for key, value in span.items() if value is not None}
+    path = Path(info=info, frames=None)
+    expected = fetch_sizes(utils, {"video": path, **counts, **pixels, **span})
+    check_utils_plan(expected, info, {**counts, **pixels}, start, end)
+
+
+@settings(max_examples=1500, deadline=None)
+@given(
+    st.integers(1, 12),
+    sides,
+    sides,
+    utils_pixels,
+    optional(sample_fps=st.floats(0.1, 30), raw_fps=st.floats(0.5, 120)),
+)
+def test_qwen_vl_utils_pictures_equal_the_package(utils, count, height, width, pixels, rates):
+    pictures = [Picture(height, width)] * count
+    rate = rates.get("raw_fps", rates.get("sample_fps", 2.0))
+    info = ClipInfo(count, rate, count / rate, height, width, pictures=True)
+    check_utils_plan(fetch_sizes(utils, {"video": pictures, **pixels, **rates}), info, pixels)
+
+
+@settings(max_examples=1500, deadline=None)
+@given(sides, sides, pixel_bounds)
+def test_qwen_vl_utils_image_size_equals_the_package(utils, height, width, bounds):
+    full = (bounds.get("min_pixels", 4 * 32**2), bounds.get("max_pixels", 16384 * 32**2))
+    sampling = utils_sampling(image_bounds=full)
+    try:
+        expected = utils.fetch_image({"image": Picture(height, width), **bounds}, image_patch_size=16)
+    except (ValueError, AssertionError):
+        with pytest.raises(SamplingError):
+            image_size(height, width, sampling)
+        return
+    assert image_size(height, width, sampling) == (expected.height, expected.width)
+
+
+def noise(frames, height, width):
+    return np.random.default_rng(0).integers(0, 256, (frames, height, width, 3), np.uint8)
+
+
+def resized(frames, plan):
+    """Our pixels, as (T, 3, plan.height, plan.width)."""
+    shown = np.stack([resize_frame(frames[i], plan) for i in plan.indices])
+    return torch.from_numpy(shown).permute(0, 3, 1, 2)
+
+
+SIZES = [(90, 160), (160, 90), (101, 333), (64, 96), (20, 50), (480, 640), (33, 700)]
+
+
+LOOSE, TIGHT, LARGE = {}, {"min_pixels": 1000, "max_pixels": 60000}, {"min_pixels": 300000}
+other_resize = pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="resize_frame resizes with torchvision's v2, in uint8; qwen-vl-utils with v1, in float32",
+)
+
+
+@pytest.mark.parametrize(
+    ("pictures", "pixels"),
+    [
+        *(pytest.param(False, pixels, marks=other_resize) for pixels in (LOOSE, TIGHT, LARGE)),
+        *(pytest.param(True, pixels, marks=other_resize) for pixels in (LOOSE, TIGHT)),
+        (True, LARGE),  # here PIL alone resizes
+    ],
+)
+def test_qwen_vl_utils_pixels(utils, pictures, pixels):
+    differences = {}
+    for height, width in SIZES:
+        frames = noise(5, height, width)
+        info = ClipInfo(5, 2.0, 2.5, height, width, pictures=pictures)
+        video = [Image.fromarray(frame) for frame in frames] if pictures else Path(info=info, frames=frames)
+        expected = utils.fetch_video({"video": video, **pixels}, image_patch_size=16)
+        ours = resized(frames, plan_frames(info, utils_sampling(**pixels))).float()
+        differences[height, width] = (ours - expected).abs().max().item()
+    assert not any(differences.values()), differences
+
+
+@pytest.mark.parametrize("bounds", [(4096, 25165824), (4096, 100000), (800000, 25165824)])
+@pytest.mark.parametrize(("height", "width"), [size for size in SIZES if min(size) >= 32])
+def test_qwen_finetune_pixels(height, width, bounds):
+    frames = noise(5, height, width)
+    processor = Qwen3VLVideoProcessor(size={"shortest_edge": bounds[0], "longest_edge": bounds[1]})
+    info = ClipInfo(5, 2.0, 2.5, height, width)
+    plan = plan_frames(info, Sampling(min_pixels=bounds[0], max_pixels=bounds[1]))
+    metadata = VideoMetadata(total_num_frames=5, fps=2.0, duration=2.5)
+    raw = torch.from_numpy(frames).permute(0, 3, 1, 2)
+    expected = processor(videos=[raw], video_metadata=[metadata], return_tensors="pt")
+    ours = processor(videos=[resized(frames, plan)], do_resize=False, do_sample_frames=False, return_tensors="pt")
+    assert expected["video_grid_thw"].tolist() == ours["video_grid_thw"].tolist() == [list(plan.grid)]
+    assert torch.equal(expected["pixel_values_videos"], ours["pixel_values_videos"])
+
+
+def test_the_worked_example(utils):
+    """worked-example.md of ../shared/reference: 15 s of 720p60 at 2 frames/s, in the meaning of qwen-vl-utils."""
+    info = ClipInfo(900, 60.0, 15.0, 720, 1280)
+    given = {"fps": 2.0, "total_pixels": 20480 * 32 * 32, "min_pixels": 64 * 32 * 32, "max_frames": 2048}
+    plan = check_utils_plan(fetch_sizes(utils, {"video": Path(info=info, frames=None), **given}), info, given)
+    assert len(plan.indices) == 30
+    assert (*plan.indices[:5], plan.indices[-1]) == (0, 31, 62, 93, 124, 899)
+    assert (plan.height, plan.width, plan.grid) == (640, 1152, (15, 40, 72))
+    assert (plan.num_tokens, plan.tokens_per_timestamp) == (10800, 720)
+    assert [f"{time:.1f}" for time in plan.timestamps[:3]] == ["0.3", "1.3", "2.3"]
+
+
+dialects = st.sampled_from([Sampling("qwen_finetune"), Sampling("llamafactory"), utils_sampling()])
+wishes = st.tuples(dialects, st.floats(0.1, 30), st.integers(1, 16), st.integers(16, 768)).map(
+    lambda wish: replace(wish[0], fps=wish[1], min_frames=wish[2], max_frames=wish[3])
+)
 
 
 @settings(max_examples=500, deadline=None)
+@given(st.integers(2, 2000), st.sampled_from(RATES), wishes)
+def test_timestamps_are_alike_where_the_rate_is_constant(n, fps, sampling):
+    info = ClipInfo(n, fps, n / fps, 360, 640)
+    timed = replace(info, times=tuple(i / fps for i in range(n)))
+    index = replace(sampling, timestamps="index")
+    plan = plan_frames(info, sampling)
+    assert plan_frames(timed, sampling) == plan_frames(timed, index) == plan_frames(info, index) == plan
+
+
+@settings(max_examples=1000, deadline=None)
+@given(st.integers(2, 400), st.integers(0, 10**6), st.floats(0.5, 60), wishes, starts, st.floats(5, 60))
+def test_variable_rates(n, seed, fps, sampling, start, header_fps):
+    """`pts` shows the frames nearest to the wanted times, at their real times; `index` is as if the rate were constant."""
+    times = np.random.default_rng(seed).exponential(1 / fps, n).cumsum()
+    times = tuple((times - times[0]).tolist())
+    info = ClipInfo(n, fps, n / fps, 360, 640, times, header_fps)
+    start = seconds(start, info)
+    try:
+        span = select_span(info, sampling, start, None)
+        assume(len(span) > 1)
+        plan = plan_frames(info, sampling, start)
+    except SamplingError:
+        assume(False)
+    begin, length = times[span[0]], times[span[-1]] - times[span[0]]
+    rate = round((len(span) - 1) / length, 6)
+    count = count_frames(len(span), rate, len(span) / rate, sampling)
+    positions = np.array(sample_positions(len(span), count, sampling, span.start))
+    wanted = begin + (positions - span.start) / (len(span) - 1) * length
+    assert len(plan.indices) == count + count % 2
+    assert plan.indices[count:] == plan.indices[-1:] * (count % 2)
+    assert {*plan.indices} <= {*span}
+    distance = np.abs(np.array(times)[span.start : span.stop] - wanted[:, None]).min(1)
+    assert np.abs(np.array(times)[list(plan.indices[:count])] - wanted) == pytest.approx(distance, abs=1e-9)
+    origin = 0 if sampling.dialect == "qwen_vl_utils" else begin
+    assert plan.times == tuple(times[i] - origin for i in plan.indices)
+
+    indexed = plan_frames(info, replace(sampling, timestamps="index"))
+    assert indexed == plan_frames(ClipInfo(n, header_fps, n / fps, 360, 640), sampling)
+    assert indexed.times == tuple(i / header_fps for i in indexed.indices)
+
+
+@settings(max_examples=1500, deadline=None)
 @given(st.integers(1, 5000), st.integers(1, 5000), st.integers(1024, 10**6), st.integers(1, 32))
 def test_image_size_equals_transformers(height, width, min_pixels, factor):
     assume(max(height, width) <= 200 * min(height, width))
@@ -93,7 +447,17 @@ def test_the_official_numbers():
     assert plan.num_tokens <= 490
 
 
-def test_span_is_as_if_cut_out():
+@settings(max_examples=500, deadline=None)
+@given(st.integers(2, 2000), st.integers(1, 2000), wishes, st.sampled_from(["pts", "index"]))
+def test_a_span_is_sampled_as_if_cut_out(n, skipped, sampling, timestamps):
+    assume(sampling.dialect != "qwen_vl_utils")  # it spreads frames over the whole file's numbers
+    sampling = replace(sampling, timestamps=timestamps)
+    cut = plan_frames(ClipInfo(n, 8.0, n / 8, 360, 640), sampling)
+    plan = plan_frames(ClipInfo(n + skipped, 8.0, (n + skipped) / 8, 360, 640), sampling, skipped / 8)
+    assert plan == replace(cut, indices=tuple(i + skipped for i in cut.indices))
+
+
+def test_the_bounds_of_a_span():
     info, sampling = ClipInfo(100, 10.0, 10.0, 64, 64), Sampling()
     assert select_span(info, sampling, 2.0, 5.0) == range(20, 50)
     assert select_span(info, sampling, None, 0.05) == range(0, 1)

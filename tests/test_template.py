@@ -22,7 +22,7 @@ from llamafactory_video.model.template import (
     token_type_ids,
     vision_inputs,
 )
-from llamafactory_video.video.clip import plan_clip
+from llamafactory_video.video.clip import ClipReader
 from llamafactory_video.video.probe import probe
 from PIL import Image
 from transformers import AutoProcessor
@@ -54,7 +54,7 @@ def reference_inputs(processor, messages, tools=None, ask=False, **media):
     kwargs = {}
     if videos:
         frames = [decode_all(path) for path in videos]
-        infos = [probe(path) for path in videos]
+        infos = [probe(path).info for path in videos]
         kwargs["videos"] = [torch.from_numpy(f).permute(0, 3, 1, 2) for f in frames]
         kwargs["video_metadata"] = [
             {"fps": info.fps, "total_num_frames": len(f), "duration": info.duration}
@@ -72,8 +72,12 @@ def our_inputs(processor, record, generation=False, thinking=False):
     conversation, problems = parse_record(record, lambda path: str(path))
     assert not problems, [str(problem) for problem in problems]
     row = to_row(conversation, "test")
-    ids, labels = encode_conversation(row, processor.tokenizer, processor, sampling, thinking, generation=generation)
-    return ids, labels, vision_inputs(row["_images"] or [], row["_videos"] or [], processor, sampling)
+    clips = [ClipReader(sampling).show(video) for video in row["_videos"] or []]
+    plans = [clip.plan for clip in clips]
+    ids, labels = encode_conversation(
+        row, plans, processor.tokenizer, processor, sampling, thinking, generation=generation
+    )
+    return ids, labels, vision_inputs(row["_images"] or [], clips, processor, ClipReader(sampling))
 
 
 def assert_same(reference, ids, pixels):
@@ -249,13 +253,13 @@ def test_llamafactorys_dialect_shows_what_llamafactory_shows(clip, picture, tmp_
     sampling = apply_to_processor("llamafactory", {**keys, **image_keys}, processor)
     for images, videos in (([str(picture)], []), ([], [str(clip)])):
         expected = stock._get_mm_inputs(images, videos, [], stock_processor)
-        got = vision_inputs(images, videos, processor, sampling)
+        got = vision_inputs(images, videos, processor, ClipReader(sampling))
         for key, value in got.items():
             assert torch.equal(value, torch.as_tensor(expected[key])), key
         messages = [{"role": "user", "content": "<image>" * len(images) + "<video>" * len(videos)}]
         text = stock.process_messages(messages, images, videos, [], stock_processor)[0]["content"]
         told = processor.tokenizer.encode(text, add_special_tokens=False)
-        plans = [plan_clip(video, sampling) for video in videos]
+        plans = [ClipReader(sampling).plan(video) for video in videos]
         placed = processor.tokenizer.encode(place_media(messages[0]["content"], list(plans)), add_special_tokens=False)
         tokens = [count_image_tokens(image, processor.image_processor, sampling) for image in images]
         pads = processor.image_token_id, processor.video_token_id
@@ -277,7 +281,8 @@ def test_rows_of_other_formats_are_trained_as_they_are_asked(processor, clip):
         "_response": [{"role": "assistant", "content": "<video> 是一个词"}],
         **{"_system": "", "_tools": "", "_images": None, "_videos": [str(clip)], "_audios": None},
     }
-    ids, labels = encode_conversation(row, processor.tokenizer, processor, sampling)
+    plan = ClipReader(sampling).plan(str(clip))
+    ids, labels = encode_conversation(row, [plan], processor.tokenizer, processor, sampling)
     record = {"video": str(clip), "conversations": [{"from": "human", "value": "<video>为什么"}, TURNS[1]]}
     ours, _, _ = our_inputs(processor, record)
     length = len(ids) - sum(label != IGNORE_INDEX for label in labels)

@@ -4,12 +4,16 @@ Each class is mixed into LLaMA-Factory's dataclass of the same kind (hooks.py), 
 `--help` and overridable on the command line as its own are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from .video.cache import GIB, FrameCache, default_folder, default_limit
+from .video.clip import ClipReader
 from .video.sampling import Sampling, SamplingError
+
+_LEAST_CACHE = 1 * GIB  # below it, a cache that nobody asked for is not worth its place
 
 # LLaMA-Factory's own defaults, for keys whose default here is None so that "not given" can be told apart.
 _LLAMAFACTORY_DEFAULTS = {
@@ -59,6 +63,19 @@ class VideoModelKeys:
         default=None,
         metadata={"help": "The greatest number of pixels of a whole clip, for `video_sampling: qwen_vl_utils` alone."},
     )
+    video_cache: bool = field(
+        default=True, metadata={"help": "Keep decoded frames on disk, so that each clip is decoded once."}
+    )
+    video_cache_dir: str | None = field(
+        default=None, metadata={"help": "Where they are kept; ~/.cache/llamafactory_video if not given."}
+    )
+    video_cache_gb: float | None = field(
+        default=None,
+        metadata={"help": "The most that they may take, in GiB; half of the disk's free space if not given."},
+    )
+    video_timeout: float = field(
+        default=120.0, metadata={"help": "Seconds after which reading a clip is given up, with an error naming it."}
+    )
     image_min_pixels: int | None = field(default=None, metadata={"help": "The least number of pixels of an image."})
     image_max_pixels: int | None = field(default=None, metadata={"help": "The greatest number of pixels of an image."})
 
@@ -91,6 +108,14 @@ class VideoDataKeys:
     skip_wrong_records: bool = field(
         default=False,
         metadata={"help": "Leave wrong records of `video_conversation` data sets out, with a report, and go on."},
+    )
+    video_fit: Literal["error", "shrink"] = field(
+        default="error",
+        metadata={
+            "help": "What becomes of a record that is longer than cutoff_len. `error`: training does not start, and "
+            "all such records are listed. `shrink`: its clips lose pixels, then frames, until it fits; every change "
+            "is reported."
+        },
     )
     answer_json_indent: int | None = field(
         default=None,
@@ -174,6 +199,43 @@ def resolve_sampling(dialect: str, given: dict[str, Any], video_processor: Any, 
         )
     except SamplingError as error:
         raise SamplingError(f"{error} (what the recipe does not give comes from the dialect {dialect})") from error
+
+
+def clip_reader(keys: VideoModelKeys, sampling: Sampling, log: Callable[[str], None]) -> ClipReader:
+    """The reader of clips that the recipe asks for, with its cache of frames where there is room for one.
+
+    Args:
+        log: takes a line for the person who runs this.
+
+    Raises:
+        ValueError: if a key on reading is out of range.
+    """
+    if not keys.video_timeout > 0:
+        raise ValueError(f"video_timeout is {keys.video_timeout}; it must be above 0 seconds")
+    return ClipReader(sampling, frame_cache(keys, log), keys.video_timeout)
+
+
+def frame_cache(keys: VideoModelKeys, log: Callable[[str], None]) -> FrameCache | None:
+    """The cache of frames that the recipe asks for, or None; says which, with its size."""
+    if not keys.video_cache:
+        return None
+    if keys.video_cache_gb is not None and not keys.video_cache_gb > 0:
+        raise ValueError(f"video_cache_gb is {keys.video_cache_gb}; it must be above 0; `video_cache: false` is off")
+    folder = Path(keys.video_cache_dir).expanduser() if keys.video_cache_dir else default_folder()
+    limit = default_limit(folder) if keys.video_cache_gb is None else int(keys.video_cache_gb * GIB)
+    if keys.video_cache_gb is None and limit < _LEAST_CACHE:
+        log(
+            f"Frame cache: off, since the disk of {folder} has only {2 * limit / GIB:.1f} GiB free; every clip is "
+            "decoded in every epoch. `video_cache_dir` names another place, `video_cache_gb` sets a size."
+        )
+        return None
+    cache = FrameCache(folder, limit)
+    size = cache.size()
+    log(
+        f"Frame cache: {folder}, {size.clips} clips in {size.bytes / GIB:.2f} GiB, may grow to {limit / GIB:.1f} GiB "
+        "(about 6 KiB a visual token). `video_cache: false` turns it off."
+    )
+    return cache
 
 
 def take_trained_processors(processor: Any, adapters: Sequence[str]) -> None:

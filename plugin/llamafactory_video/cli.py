@@ -1,17 +1,15 @@
 """The command `lmf-video`: what LLaMA-Factory's own command has no word for."""
 
 import argparse
+import json
 import os
+import re
+import shlex
 import statistics
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import yaml
-from tqdm import tqdm
-
-_BATCH = 1000  # records in hand at a time
 
 
 def check(recipe: Path, overrides: list[str]) -> int:
@@ -20,49 +18,122 @@ def check(recipe: Path, overrides: list[str]) -> int:
     Returns:
         How many records cannot be trained on.
     """
-    from .data.loader import DatasetError
+    from .data.loader import measure_all
     from .hooks import recipe_data
 
     wrong, parts, encoder = recipe_data(recipe, overrides)
-    cutoff, encoder.cutoff_len = encoder.cutoff_len, sys.maxsize  # all lengths are wanted, too long ones as well
-    pads = {encoder.processor.image_token_id, encoder.processor.video_token_id}
-
-    def measure(row: dict[str, Any]) -> tuple[int, int] | str:
-        try:
-            ids = encoder.encode(row)["input_ids"]
-        except DatasetError as error:
-            return str(error)
-        visual = sum(token in pads for token in ids)
-        if len(ids) > cutoff:
-            return f"{row.get('_source', 'a record')}: {len(ids)} tokens, {visual} of them visual, are more than cutoff_len {cutoff}"
-        return len(ids), visual
-
     if not parts and not wrong:
         raise ValueError(f"{recipe} names no data set; give a training recipe")
     for name, part in parts.items():
-        found: list[tuple[int, int] | str] = []
-        with ThreadPoolExecutor() as pool, tqdm(total=len(part), unit=" records", desc=f"Checking {name}") as bar:
-            for start in range(0, len(part), _BATCH):
-                for size in pool.map(measure, part.select(range(start, min(start + _BATCH, len(part))))):
-                    found.append(size)
-                    bar.update()
-        sizes = [size for size in found if not isinstance(size, str)]
-        problems = [problem for problem in found if isinstance(problem, str)]
+        found = list(measure_all(part, encoder, range(len(part)), os.cpu_count() or 1))
+        sizes = [measured for measured in found if not measured.problem]
+        problems = [measured.problem for measured in found if measured.problem]
+        changes = [measured.change for measured in found if measured.change]
         if sizes:
-            example = encoder.encode(part[next(i for i, size in enumerate(found) if not isinstance(size, str))])
+            example = encoder.encode(part[next(i for i, measured in enumerate(found) if not measured.problem)])
             print(f"\n{name}, as the model sees it:\n{encoder.describe(example)}")
         print(f"\n{name}: {len(part)} records")
-        for title, column in (("tokens", 0), ("visual tokens", 1)):
-            numbers = [size[column] for size in sizes] or [0]
+        for title, numbers in (
+            ("tokens", [measured.tokens for measured in sizes] or [0]),
+            ("visual tokens", [measured.visual for measured in sizes] or [0]),
+        ):
             print(
                 f"  {title + ' of a record':<28} least {min(numbers):>6}   "
                 f"median {statistics.median(numbers):>8.0f}   most {max(numbers):>6}"
             )
-        print(f"  cutoff_len {cutoff}; records that cannot be trained on: {len(problems)}")
-        for problem in problems:
-            print(f"    {problem}")
+        if changes:
+            print(f"  records whose clips are made smaller to fit: {len(changes)}")
+            print("\n".join(f"    {change}" for change in changes))
+        print(f"  cutoff_len {encoder.cutoff_len}; records that cannot be trained on: {len(problems)}")
+        print("\n".join(f"    {problem}" for problem in problems), end="\n" if problems else "")
         wrong += len(problems)
     return wrong
+
+
+def build_cache(recipe: Path, overrides: list[str], jobs: int) -> int:
+    """Decode every clip of a recipe into the frame cache; those that are there already are passed over.
+
+    Returns:
+        How many records have a clip that cannot be shown.
+    """
+    from .data.loader import store_all
+    from .hooks import recipe_data
+    from .video.cache import GIB
+
+    wrong, parts, encoder = recipe_data(recipe, overrides)
+    cache = encoder.reader.cache
+    if cache is None:
+        raise ValueError("there is no frame cache: video_cache is false, or the disk is nearly full")
+    problems: list[str] = []
+    decoded = found = 0
+    for name, part in parts.items():
+        for stored in store_all(part, encoder, jobs, f"Decoding {name}"):
+            decoded, found = decoded + stored.decoded, found + stored.found
+            problems += [stored.problem] if stored.problem else []
+    size = cache.size()
+    print(
+        f"{decoded} clips decoded, {found} were there already, {len(problems)} records with a clip that cannot be shown."
+    )
+    print("\n".join(f"  {problem}" for problem in problems), end="\n" if problems else "")
+    print(f"{cache.folder}: {size.clips} clips in {size.bytes / GIB:.2f} GiB of at most {cache.limit / GIB:.1f} GiB")
+    if size.clips < decoded:
+        print("The oldest have left already: the cache is too small for this data set. Raise video_cache_gb.")
+    return wrong + len(problems)
+
+
+def cache_folder(recipe: Path | None, overrides: list[str]) -> Path:
+    """The folder of a recipe's frame cache, or the usual one."""
+    from .video.cache import default_folder
+
+    keys = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe else {}
+    keys |= dict(word.split("=", 1) for word in overrides if "=" in word)
+    folder = keys.get("video_cache_dir")
+    return Path(folder).expanduser() if folder else default_folder()
+
+
+def show_cache(folder: Path, clear: bool) -> None:
+    """Print what a frame cache holds, and remove it if asked to."""
+    from .video.cache import GIB, FrameCache, default_limit
+
+    cache = FrameCache(folder, default_limit(folder))
+    size = cache.clear() if clear else cache.size()
+    done = "removed" if clear else "holds"
+    print(f"{folder} {done} {size.clips} clips in {size.bytes / GIB:.2f} GiB, and what is known of {size.files} files")
+
+
+def map_settings(words: list[str], kind: str | None, target: str, clip: str | None, as_json: bool) -> None:
+    """Print what other tools' settings are called here, or ours there; see video/mapping.py."""
+    from .video.mapping import EXAMPLE, MappingError, convert, remarks, result_text
+    from .video.probe import probe
+    from .video.sampling import ClipInfo
+
+    info, text = EXAMPLE, words[0] if len(words) == 1 else shlex.join(words)
+    if text == "-":
+        text = sys.stdin.read()
+    elif len(words) == 1 and Path(text[:1000]).is_file():
+        text = Path(text).read_text(encoding="utf-8-sig")
+    elif len(words) == 1 and not re.search(r"=|^--|^\s*[\[{]|\s", text):
+        raise MappingError(f"no file {text}")
+    if clip is not None:
+        numbers = re.fullmatch(r"([\d.]+)s@([\d.]+),(\d+)x(\d+)", clip)
+        if numbers:
+            seconds, rate, width, height = float(numbers[1]), float(numbers[2]), int(numbers[3]), int(numbers[4])
+            info = ClipInfo(round(seconds * rate), rate, seconds, height, width)
+        elif Path(clip).is_file():
+            info = probe(clip).info
+        else:
+            raise MappingError(f"--clip {clip}: no such file, and not of the form 15s@30,1280x720")
+    told = convert(text, kind, target, info)
+    if clip is not None and Path(clip).is_file():
+        counted = f"{info.num_frames} frames, counted from its packets; other tools believe the file's header"
+        told["notes"].append(("--clip", counted))
+    if as_json:
+        print(json.dumps(told, ensure_ascii=False, indent=2))
+        return
+    print(result_text(told))
+    # Comments in YAML and in a shell script; JSON has none.
+    for line in remarks(told, info):
+        print(f"# {line}", file=sys.stderr if target == "message" else sys.stdout)
 
 
 def main() -> None:
@@ -76,12 +147,52 @@ def main() -> None:
     )
     checking.add_argument("recipe", type=Path, help="a training recipe, such as recipes/wzry_full.yaml")
     checking.add_argument("overrides", nargs="*", help="key=value, as for llamafactory-cli")
+    mapping = commands.add_parser(
+        "map",
+        help="settings of the official trainer, qwen-vl-utils or ms-swift as lines of a recipe, and back",
+        description="Reads the official trainer's command, a qwen-vl-utils message, ms-swift's environment variables or "
+        "a LLaMA-Factory YAML, and prints what means the same, what it makes of an example clip, and what has no "
+        "counterpart or means something else than its name suggests.",
+    )
+    mapping.add_argument("input", nargs="+", help="a file, - for standard input, or flags and variables after --")
+    mapping.add_argument("--from", dest="kind", choices=("command", "message", "environment", "recipe"))
+    mapping.add_argument("--to", dest="target", choices=("recipe", "command", "message"), default="recipe")
+    mapping.add_argument(
+        "--clip", help="the example: a video file, or such as 15s@30,1280x720 (default 15s@60,1280x720)"
+    )
+    mapping.add_argument("--json", action="store_true", help="print all of it as one JSON object")
+    caching = commands.add_parser(
+        "cache",
+        help="decode a recipe's clips before training; look at the cache of frames, or empty it",
+        description="Training keeps decoded frames on disk by itself. `build` decodes all clips of a recipe ahead, on a "
+        "machine without a GPU, say; stopped and started again it goes on where it was. `info` tells what is there, "
+        "`clear` removes it.",
+    )
+    caching.add_argument("action", choices=("build", "info", "clear"))
+    caching.add_argument("recipe", type=Path, nargs="?", help="a training recipe; without one, the usual cache")
+    caching.add_argument("overrides", nargs="*", help="key=value, as for llamafactory-cli")
+    caching.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="processes that decode (default: %(default)s)"
+    )
     options = parser.parse_args()
+    if options.command == "map":
+        try:
+            return map_settings(options.input, options.kind, options.target, options.clip, options.json)
+        except (ValueError, OSError) as error:
+            sys.exit(f"lmf-video: {error}")
     os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
     try:
-        sys.exit(1 if check(options.recipe, options.overrides) else 0)
+        if options.command == "check":
+            sys.exit(1 if check(options.recipe, options.overrides) else 0)
+        if options.action == "build":
+            if options.recipe is None:
+                raise ValueError("cache build needs a recipe, which says how its clips are sampled")
+            sys.exit(1 if build_cache(options.recipe, options.overrides, options.jobs) else 0)
+        show_cache(cache_folder(options.recipe, options.overrides), clear=options.action == "clear")
     except (ValueError, OSError, yaml.YAMLError) as error:
         sys.exit(f"lmf-video: {error}")
+    except KeyboardInterrupt:
+        sys.exit("lmf-video: stopped; what is done is kept, and the next call goes on from there")
 
 
 if __name__ == "__main__":

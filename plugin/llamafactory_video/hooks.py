@@ -9,6 +9,7 @@ import ast
 import contextlib
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable
 from copy import copy
@@ -20,6 +21,7 @@ from . import DISABLE_VARIABLE
 
 if TYPE_CHECKING:
     from .data.loader import RecordEncoder
+    from .video.clip import ClipReader
 
 TEMPLATE, THINKING_TEMPLATE, FORMATTING = "qwen3_vl_video", "qwen3_vl_video_thinking", "video_conversation"
 CUSTOM_OPTIMIZERS = ("use_galore", "use_apollo", "loraplus_lr_ratio", "use_badam", "use_adam_mini", "use_muon")
@@ -156,8 +158,9 @@ def _record_encoder(
     return RecordEncoder(
         tokenizer,
         processor,
-        _frame_sampling(processor),
+        _clip_reader(processor),
         cutoff_len=data_args.cutoff_len,
+        shrink=data_args.video_fit == "shrink",
         thinking=template.thinking,
         default_system=template.default_system,
         generation=generation,
@@ -296,14 +299,25 @@ def _data_loader(loader: ModuleType) -> None:
         if first is None:
             raise ValueError("the data set is empty; check max_samples and val_size")
         if data_args.streaming:
-            dataset = dataset.map(encoder.encode, remove_columns=list(first))
+            dataset = dataset.map(encoder.show, remove_columns=list(first))
             # Each process reads its own batches. Accelerate's other way, one process reading for all, cuts every
             # tensor to the batch size, patches too.
             training_args.accelerator_config.dispatch_batches = False
         else:
+            if training_args.process_index == 0:
+                from .data.loader import check_lengths
+
+                check_lengths(
+                    dataset,
+                    encoder,
+                    "evaluation" if is_eval else "training",
+                    data_args.preprocessing_num_workers or min(16, os.cpu_count() or 1),
+                    Path(training_args.output_dir),
+                    loader.logger.warning_rank0,
+                )
             dataset = dataset.with_transform(encoder)
         if training_args.should_log:
-            print(f"{'eval' if is_eval else 'training'} example:\n{encoder.describe(next(iter(dataset)))}")
+            print(f"{'eval' if is_eval else 'training'} example:\n{encoder.describe(encoder.encode(first))}")
         return dataset
 
     _replace(loader, "_load_single_dataset", _load_single_dataset)
@@ -323,9 +337,11 @@ def _data_packing(supervised: ModuleType) -> None:
             if hasattr(self.template, "thinking"):
                 encoder = _record_encoder(self.template, self.tokenizer, self.processor, self.data_args)
                 rows = [dict(zip(examples, values, strict=True)) for values in zip(*examples.values(), strict=True)]
-                self.encoded = iter([encoder.encode(row) for row in rows])
+                encoded = [encoder.encode(row) for row in rows]
+                self.encoded = iter(encoded)
                 # The stock method drops conversations whose turns do not alternate, such as two results of tools.
                 examples = {**examples, "_prompt": [[{}]] * len(rows), "_response": [[{}]] * len(rows)}
+                examples["_videos"] = [sample["videos"] for sample in encoded]
             return super().preprocess_dataset(examples)
 
         def _encode_data_example(self, prompt, response, system, tools, images, videos, audios):
@@ -340,12 +356,12 @@ def _data_packing(supervised: ModuleType) -> None:
 # --- Prompts and pixels ----------------------------------------------------------------------------------------------
 
 
-def _frame_sampling(processor: Any) -> Any:
-    sampling = getattr(processor, "frame_sampling", None)
-    if sampling is None:
+def _clip_reader(processor: Any) -> "ClipReader":
+    reader = getattr(processor, "clip_reader", None)
+    if reader is None:
         found = "no processor" if processor is None else type(processor).__name__
         raise ValueError(f"template {TEMPLATE} needs a Qwen3-VL model with its processor files; found {found}")
-    return sampling
+    return reader
 
 
 def _data_mm_plugin(mm_plugin: ModuleType) -> None:
@@ -357,29 +373,27 @@ def _data_mm_plugin(mm_plugin: ModuleType) -> None:
         def process_messages(self, messages, images, videos, audios, processor):
             from .data.conversation import IMAGE_PLACEHOLDER, TOOL, USER, VIDEO_PLACEHOLDER
             from .model.template import TemplateError, place_messages
-            from .video.clip import buffer_stream, plan_clip
 
             self._validate_input(processor, images, videos, audios)
-            if isinstance(videos, list):  # the same list comes again for the pixels, and a stream is read only once
-                videos[:] = [buffer_stream(video) for video in videos]
             text = "".join(message["content"] for message in messages if message["role"] in (USER, TOOL))
             if not images and not videos and (VIDEO_PLACEHOLDER in text or IMAGE_PLACEHOLDER in text):
                 return [dict(message) for message in messages]  # a text about tags, not a place for a clip
             for mark, given in ((VIDEO_PLACEHOLDER, videos), (IMAGE_PLACEHOLDER, images)):
                 if text.count(mark) != len(given):
                     raise TemplateError(f"{text.count(mark)} {mark} in the messages and {len(given)} given with them")
-            plans = [plan_clip(video, _frame_sampling(processor)) for video in videos]
-            return place_messages(messages, plans, strip=True)
+            clips = [_clip_reader(processor).show(video) for video in videos]
+            if isinstance(videos, list):  # the same list comes again for the pixels, and a stream is read only once
+                videos[:] = clips
+            return place_messages(messages, [clip.plan for clip in clips], strip=True)
 
         def process_token_ids(self, input_ids, labels, images, videos, audios, tokenizer, processor):
             from .model.template import count_image_tokens, expand_pads
-            from .video.clip import plan_clip
 
             if not input_ids:
                 return input_ids, labels
-            sampling = _frame_sampling(processor)
-            image_tokens = [count_image_tokens(image, processor.image_processor, sampling) for image in images]
-            plans = [plan_clip(video, sampling) for video in videos]
+            reader = _clip_reader(processor)
+            image_tokens = [count_image_tokens(image, processor.image_processor, reader.sampling) for image in images]
+            plans = [reader.plan(video) for video in videos]
             return expand_pads(
                 input_ids, labels, image_tokens, plans, processor.image_token_id, processor.video_token_id
             )
@@ -390,7 +404,7 @@ def _data_mm_plugin(mm_plugin: ModuleType) -> None:
             from .model.template import token_type_ids, vision_inputs
 
             self._validate_input(processor, images, videos, audios)
-            inputs = vision_inputs(images, videos, processor, _frame_sampling(processor))
+            inputs = vision_inputs(images, videos, processor, _clip_reader(processor))
             types = [token_type_ids(torch.tensor(ids), processor).tolist() for ids in batch_ids]
             return {**inputs, "mm_token_type_ids": types}
 
@@ -483,16 +497,17 @@ def _model_patcher(patcher: ModuleType) -> None:
     def patch_processor(processor: Any, tokenizer: Any, model_args: Any) -> None:
         stock(processor, tokenizer, model_args)
         if type(processor).__name__ == "Qwen3VLProcessor" and hasattr(model_args, "given_video_keys"):
-            from .arguments import apply_to_processor, take_trained_processors
+            from .arguments import apply_to_processor, clip_reader, take_trained_processors
 
             if model_args.video_sampling == "qwen_finetune":
                 take_trained_processors(processor, model_args.adapter_name_or_path or ())
 
             if not tokenizer.chat_template:
                 tokenizer.chat_template = processor.chat_template
-            processor.frame_sampling = apply_to_processor(
+            sampling = apply_to_processor(
                 model_args.video_sampling, model_args.given_video_keys, processor, model_args.video_timestamps
             )
+            processor.clip_reader = clip_reader(model_args, sampling, patcher.logger.info_rank0)
 
     _replace(patcher, "patch_processor", patch_processor)
 
@@ -691,7 +706,10 @@ TABLE: dict[str, tuple[dict[str, str], Callable[[ModuleType], None]]] = {
         },
         _data_loader,
     ),
-    "llamafactory.model.patcher": ({"patch_processor": "processor tokenizer model_args"}, _model_patcher),
+    "llamafactory.model.patcher": (
+        {"patch_processor": "processor tokenizer model_args", "logger": ""},
+        _model_patcher,
+    ),
     "llamafactory.model.model_utils.visual": (
         {
             "COMPOSITE_MODELS": "",

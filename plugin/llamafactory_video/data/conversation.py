@@ -19,6 +19,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from ..video.sampling import Sampling
+
 VIDEO_PLACEHOLDER = "<video>"
 IMAGE_PLACEHOLDER = "<image>"
 # Tokens by which the prompt is laid out. Inside a text they would shift turns, or counts of visual tokens.
@@ -44,6 +46,20 @@ ROLES = {
     "observation": TOOL,
     "function_call": FUNCTION,
 }
+
+
+# Settings of a clip that stand in place of the recipe's, under their names in `Sampling`.
+_WHOLE_SETTINGS = (
+    "min_frames",
+    "max_frames",
+    "min_pixels",
+    "max_pixels",
+    "total_pixels",
+    "nframes",
+    "resized_height",
+    "resized_width",
+)
+_OWN_SETTINGS = ("fps", *_WHOLE_SETTINGS)
 
 
 class RawNumber(float):
@@ -122,7 +138,8 @@ class Clip:
         frame_rate: pictures per second of `frames`.
         times: seconds of each of `frames`, increasing, (n,).
         start, end: seconds; only what lies in [start, end) is the clip, and its times count from its first frame.
-        fps, min_frames, max_frames, min_pixels, max_pixels: override the recipe's video_* keys.
+        fps, min_frames, max_frames, min_pixels, max_pixels, total_pixels: override the recipe's video_* keys.
+        nframes, resized_height, resized_width: number of frames, and their size in pixels, in `qwen_vl_utils`.
     """
 
     path: str | None = None
@@ -136,10 +153,21 @@ class Clip:
     max_frames: int | None = None
     min_pixels: int | None = None
     max_pixels: int | None = None
+    total_pixels: int | None = None
+    nframes: int | None = None
+    resized_height: int | None = None
+    resized_width: int | None = None
+
+    def sampling(self, recipe: Sampling) -> Sampling:
+        """How this clip is sampled: its own settings over the recipe's."""
+        return recipe.override(**{name: getattr(self, name) for name in _OWN_SETTINGS})
 
     def __str__(self) -> str:
         """The clip in an error message."""
-        name = self.path if self.path is not None else f"{self.frames[0]} … ({len(self.frames)} frames)"
+        if self.frames:
+            name = f"{self.frames[0]} … ({len(self.frames)} frames)"
+        else:
+            name = self.path if isinstance(self.path, str) else "the uploaded clip"
         if self.start is None and self.end is None:
             return name
         end = "…" if self.end is None else f"{self.end:g} s"
@@ -184,6 +212,7 @@ class Conversation:
         videos: clips, in order of their placeholders.
         system: the system prompt, or "".
         tools: JSON text of the tools on offer, or "".
+        notes: what was read otherwise than it stands, for a person.
     """
 
     messages: list[tuple[str, str]]
@@ -191,6 +220,7 @@ class Conversation:
     videos: list[Clip] = field(default_factory=list)
     system: str = ""
     tools: str = ""
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -251,6 +281,7 @@ class _RecordParser:
     def __init__(self, keys: RecordKeys, find: Callable[[str], str | None], indent: int | None) -> None:
         self.keys, self.find, self.indent = keys, find, indent
         self.problems: list[Problem] = []
+        self.notes: list[str] = []
 
     def wrong(self, field: str, found: str, expected: str) -> None:
         self.problems.append(Problem(field, found, expected))
@@ -298,6 +329,7 @@ class _RecordParser:
             self.wrong(field, show(value), "a path, a list of frame pictures or an object with `path` is needed")
             return None
         known = [f.name for f in fields(Clip)]
+        value = self.utils_names(value, field)
         for key in value:
             if key not in known:
                 self.wrong(f"{field}.{key}", "unknown setting", f"known are {', '.join(known)}")
@@ -329,18 +361,37 @@ class _RecordParser:
             "end": self.number(value.get("end"), f"{field}.end", 0, whole=False),
             "fps": self.number(value.get("fps"), f"{field}.fps", 1e-6, whole=False),
         }
-        for key in ("min_frames", "max_frames", "min_pixels", "max_pixels"):
+        for key in _WHOLE_SETTINGS:
             settings[key] = self.number(value.get(key), f"{field}.{key}", 1, whole=True)
+        if settings["fps"] is not None and settings["nframes"] is not None:
+            self.wrong(f"{field}.nframes", "stands beside fps", "keep one of the two")
         if settings["end"] is not None and settings["end"] <= (settings["start"] or 0):
             self.wrong(f"{field}.end", show(value["end"]), f"it must be after start, {settings['start'] or 0:g} s")
         if None in pictures or None in seconds or (path is None and not frames):
             return None
         return Clip(path=path, frames=tuple(pictures), times=tuple(seconds), **settings)
 
+    def utils_names(self, clip: dict, field: str) -> dict:
+        """A clip's settings, those under qwen-vl-utils' names under ours."""
+        names = {"video": "path", "video_start": "start", "video_end": "end"}
+        clip = {names.get(key, key) if names.get(key) not in clip else key: item for key, item in clip.items()}
+        sampled, raw = clip.pop("sample_fps", None), clip.pop("raw_fps", None)
+        if sampled is None and raw is None:
+            return clip
+        if clip.get("frames"):
+            return {**clip, "frame_rate": sampled if raw is None else raw}
+        if raw is not None:
+            self.wrong(f"{field}.raw_fps", show(raw), "it belongs to a list of frames; a file has its own frame rate")
+        elif "fps" in clip:
+            self.wrong(f"{field}.sample_fps", "stands beside fps", "keep fps")
+        else:
+            self.notes.append("sample_fps of a video file, which qwen-vl-utils does not read, is taken as fps")
+            clip["fps"] = sampled
+        return clip
+
     def content_items(self, items: list, field: str, images: list, videos: list) -> str:
         """Content in the OpenAI style, a list of text, image and video items, as text with placeholders."""
         text = ""
-        names = {"video_start": "start", "video_end": "end"}
         for i, item in enumerate(items):
             where = f"{field}[{i}]"
             kind = item.get("type") if isinstance(item, dict) else None
@@ -361,7 +412,7 @@ class _RecordParser:
                 value = item.get(kind)
                 value = value.get("url") if isinstance(value, dict) and "url" in value else value
                 # Settings may stand beside the clip, as in messages for qwen-vl-utils.
-                settings = {names.get(key, key): item[key] for key in item if key not in ("type", kind)}
+                settings = {key: item[key] for key in item if key not in ("type", kind)}
                 if settings and not isinstance(value, dict):
                     value = {"frames" if isinstance(value, list) else "path": value}
                 videos.append(self.clip({**value, **settings} if settings else value, f"{where}.{kind}"))
@@ -530,7 +581,7 @@ class _RecordParser:
             self.wrong(self.keys.tools[0], show(tools), "a list of tools, or its JSON text, is needed")
         tools = json_text(listed) if listed else ""
         self.check_layout(self.keys.tools[0], tools)
-        return Conversation(messages, images, videos, system or "", tools)
+        return Conversation(messages, images, videos, system or "", tools, self.notes)
 
 
 def parse_record(

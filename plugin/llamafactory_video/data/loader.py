@@ -8,16 +8,21 @@ when a record is asked for (`RecordEncoder`), so no disk or memory goes to visua
 
 import codecs
 import contextlib
+import functools
 import hashlib
 import json
+import multiprocessing
 import os
 import re
+import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import pyarrow as pa
@@ -25,9 +30,22 @@ from jinja2 import TemplateError as JinjaError
 from tqdm import tqdm
 
 from .. import __version__
+from ..model.template import IGNORE_INDEX, TemplateError, encode_conversation
+from ..video.clip import ClipReader
 from ..video.probe import ClipError
-from ..video.sampling import Sampling
-from .conversation import Conversation, Problem, RecordDecoder, RecordKeys, parse_record, read_json
+from ..video.sampling import SHRINK_STAGES, FramePlan, SamplingError, most_tokens, shrink
+from .conversation import (
+    Clip,
+    Conversation,
+    Problem,
+    RecordDecoder,
+    RecordKeys,
+    decode_clip,
+    parse_record,
+    read_json,
+)
+
+Result = TypeVar("Result")
 
 # LLaMA-Factory's columns of an aligned dataset, so that ours can be mixed with others, and where a record came from.
 FEATURES = datasets.Features(
@@ -44,6 +62,9 @@ FEATURES = datasets.Features(
 )
 _CHUNK = 4 << 20  # characters read from a file at a time
 _ROWS = 5000  # rows written at a time
+_FEW = 64  # records that are measured without other processes
+_SHRINK_STEPS = 64  # sizes of a clip that are told apart when it is made smaller
+_TURN_TOKENS = 16  # more than the layout around a turn takes
 _SHOWN = 50  # problems printed; the report file has all
 
 
@@ -82,11 +103,16 @@ class WrongRecords:
     records: int = 0
     lines: list[str] = field(default_factory=list)
     cut_off: bool = False  # a file could not be read to its end
+    notes: dict[str, list] = field(default_factory=dict)  # what was read otherwise: how often, and where first
 
     def add(self, record: RawRecord, problems: list[Problem]) -> None:
         self.records += 1
         self.lines.extend(f"{record.place}: {problem}" for problem in problems)
         self.cut_off |= record.is_last
+
+    def note(self, record: RawRecord, notes: list[str]) -> None:
+        for note in notes:
+            self.notes.setdefault(note, [0, record.place])[0] += 1
 
     def text(self, report: Path | None) -> str:
         shown = "\n".join(f"  {line}" for line in self.lines[:_SHOWN])
@@ -339,6 +365,7 @@ def load_conversations(
                 if problems:
                     wrong.add(record, problems)
                 else:
+                    wrong.note(record, conversation.notes)
                     rows.append(to_row(conversation, record.place))
                 if len(rows) >= _ROWS:
                     writer.write(pa.RecordBatch.from_pylist(rows, schema=FEATURES.arrow_schema))
@@ -370,6 +397,7 @@ def check_rows(
         if problems:
             wrong.add(record, problems)
         else:
+            wrong.note(record, conversation.notes)
             good.append(to_row(conversation, record.place))
     _report(wrong, Path(name), len(rows), skip_wrong, name, report_dir, log)
     return datasets.Dataset.from_list(good, features=FEATURES)
@@ -411,6 +439,8 @@ def _report(
 ) -> None:
     if total == 0:
         raise DatasetError(f"{path}: no records in it")
+    for note, (count, place) in wrong.notes.items():
+        log(f"{path}: {note} ({count} times, first in {place}).")
     if not wrong.records:
         return
     report = None
@@ -447,8 +477,9 @@ class RecordEncoder:
     """Rows of `FEATURES` -> what LLaMA-Factory's collator takes, made when a record is asked for.
 
     Args:
-        sampling: how clips are sampled.
+        reader: of clips.
         cutoff_len: the most tokens that a record may have; none is cut.
+        shrink: clips of a longer record lose pixels, then frames, until it fits (`Sampling.shrunk`).
         generation: prompts alone in `input_ids`, the last answer in `labels`.
         train_on_prompt: labels on the prompt's text too.
         last_turn_only: labels on the last answer alone (LLaMA-Factory's `mask_history`).
@@ -458,55 +489,72 @@ class RecordEncoder:
         self,
         tokenizer: Any,
         processor: Any,
-        sampling: Sampling,
+        reader: ClipReader,
         cutoff_len: int,
+        shrink: bool = False,
         thinking: bool = False,
         default_system: str = "",
         generation: bool = False,
         train_on_prompt: bool = False,
         last_turn_only: bool = False,
     ) -> None:
-        self.tokenizer, self.processor, self.sampling = tokenizer, processor, sampling
-        self.cutoff_len, self.thinking, self.default_system = cutoff_len, thinking, default_system
+        self.tokenizer, self.processor, self.reader = tokenizer, processor, reader
+        self.cutoff_len, self.shrink = cutoff_len, shrink
+        self.thinking, self.default_system = thinking, default_system
         self.generation, self.train_on_prompt, self.last_turn_only = generation, train_on_prompt, last_turn_only
 
     def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        """A batch of columns -> a batch of columns, as `Dataset.with_transform` wants it."""
+        """A batch of columns -> a batch of columns, as `Dataset.with_transform` wants it, with frames."""
         names = list(rows)
-        encoded = [self.encode(dict(zip(names, values, strict=True))) for values in zip(*rows.values(), strict=True)]
+        encoded = [self.show(dict(zip(names, values, strict=True))) for values in zip(*rows.values(), strict=True)]
         return {name: [sample[name] for sample in encoded] for name in encoded[0]}
 
-    def encode(self, row: dict[str, Any]) -> dict[str, Any]:
-        """One record.
+    def show(self, row: dict[str, Any]) -> dict[str, Any]:
+        """One record, with the frames of its clips in `videos`, as `ShownClip`.
 
         Raises:
             DatasetError: naming the record, if it cannot be shown or is too long.
         """
-        from ..model.template import IGNORE_INDEX, TemplateError, encode_conversation
+        while True:
+            sample = self.encode(row)
+            plans, _ = sample.pop("plans"), sample.pop("change")
+            if not plans:
+                return sample
+            try:
+                shown = [self.reader.show(video) for video in sample["videos"]]
+            except ClipError as error:
+                raise DatasetError(f"{_source(row)}: {error}") from error
+            # Decoding may have taught that a file is damaged, or another file now.
+            if [clip.plan for clip in shown] == plans:
+                return {**sample, "videos": shown}
 
-        source = row.get("_source") or "a record"
-        try:
-            ids, labels = encode_conversation(
-                row,
-                self.tokenizer,
-                self.processor,
-                self.sampling,
-                self.thinking,
-                self.default_system,
-                self.generation,
-            )
-        except (ClipError, TemplateError) as error:
-            raise DatasetError(f"{source}: {error}") from error
-        except (JinjaError, TypeError) as error:
-            raise DatasetError(f"{source}: the model's chat template cannot write it ({error})") from error
-        pads = (self.processor.image_token_id, self.processor.video_token_id)
+    def encode(self, row: dict[str, Any]) -> dict[str, Any]:
+        """One record, without decoding its clips.
+
+        Returns:
+            What the collator takes, with the clips as text in `videos`; `plans`, what is shown of them; and `change`,
+            what was done to clips to make the record fit, or "".
+
+        Raises:
+            DatasetError: naming the record, if it cannot be shown or is too long.
+        """
+        clips, change = [decode_clip(text) for text in row["_videos"] or ()], ""
+        ids, labels, plans = self._encode(row, clips)
         if len(ids) > self.cutoff_len:
-            visual = sum(token in pads for token in ids)
-            raise DatasetError(
-                f"{source}: {len(ids)} tokens, {visual} of them visual, are more than cutoff_len {self.cutoff_len}; "
-                f"raise cutoff_len, or lower video_max_pixels or the number of frames"
+            said = (
+                f"{_source(row)}: {len(ids)} tokens, {self.visual_tokens(ids)} of them visual, are more than cutoff_len "
+                f"{self.cutoff_len}"
             )
+            smaller = self._fit(row, clips, plans)
+            if smaller is None:
+                least = "; even its smallest clips do not fit" if clips else ""
+                raise DatasetError(f"{said}{least}; raise cutoff_len to {len(ids)}, or shorten its text")
+            if not self.shrink:
+                raise DatasetError(f"{said}; raise cutoff_len to {len(ids)}, or set {_differences(clips, smaller)}")
+            change = f"{said}: {_differences(clips, smaller)}"
+            clips, (ids, labels, plans) = smaller, self._encode(row, smaller)
         if not self.generation and self.train_on_prompt:
+            pads = (self.processor.image_token_id, self.processor.video_token_id)
             labels = [IGNORE_INDEX if token in pads else token for token in ids]
         elif not self.generation and self.last_turn_only:
             last = max((i for i, label in enumerate(labels) if label == IGNORE_INDEX), default=-1)
@@ -516,13 +564,80 @@ class RecordEncoder:
             "attention_mask": [1] * len(ids),
             "labels": labels,
             "images": row["_images"],
-            "videos": row["_videos"],
+            "videos": [clip.encode() for clip in clips] or None,
             "audios": None,
+            "plans": plans,
+            "change": change,
         }
+
+    def visual_tokens(self, ids: list[int]) -> int:
+        """How many of the tokens are visual."""
+        return ids.count(self.processor.image_token_id) + ids.count(self.processor.video_token_id)
+
+    def may_be_too_long(self, row: dict[str, Any]) -> bool:
+        """Whether the record can be longer than the cutoff; no clip is looked at for that."""
+        if row["_tools"] or self.default_system:
+            return True
+        turns = [*row["_prompt"], *row["_response"]]
+        texts = [row["_system"] or "", *(turn["content"] for turn in turns)]
+        most = sum(len(text.encode()) + _TURN_TOKENS for text in texts)  # a token is at least a byte
+        try:
+            clips = [decode_clip(text) for text in row["_videos"] or ()]
+            most += sum(
+                most_tokens(clip.sampling(self.reader.sampling), len(clip.frames) if clip.frames else None)
+                for clip in clips
+            )
+        except SamplingError:
+            return True
+        return most > self.cutoff_len or bool(row["_images"])
+
+    def _encode(self, row: dict[str, Any], clips: list[Clip]) -> tuple[list[int], list[int], list[FramePlan]]:
+        try:
+            plans = [self.reader.plan(clip) for clip in clips]
+            encoded = encode_conversation(
+                row,
+                plans,
+                self.tokenizer,
+                self.processor,
+                self.reader.sampling,
+                self.thinking,
+                self.default_system,
+                self.generation,
+            )
+            return *encoded, plans
+        except (ClipError, TemplateError) as error:
+            raise DatasetError(f"{_source(row)}: {error}") from error
+        except (JinjaError, TypeError) as error:
+            raise DatasetError(f"{_source(row)}: the model's chat template cannot write it ({error})") from error
+
+    def _fit(self, row: dict[str, Any], clips: list[Clip], plans: list[FramePlan]) -> list[Clip] | None:
+        """The clips, smaller by as little as makes the record fit; None if nothing does. All go down together."""
+
+        def tried(stage: int, step: int) -> list[Clip] | None:
+            smaller = []
+            for clip, plan in zip(clips, plans, strict=True):
+                settings = shrink(clip.sampling(self.reader.sampling), plan, stage, step / _SHRINK_STEPS)
+                smaller.append(replace(clip, **settings))
+            return smaller if len(self._encode(row, smaller)[0]) <= self.cutoff_len else None
+
+        for stage in range(SHRINK_STAGES if clips else 0):
+            best = tried(stage, 0)
+            if best is None:
+                continue
+            low, high = 0, _SHRINK_STEPS
+            while high - low > 1:
+                middle = (low + high) // 2
+                larger = tried(stage, middle)
+                if larger is None:
+                    high = middle
+                else:
+                    best, low = larger, middle
+            return best
+        return None
 
     def describe(self, sample: dict[str, Any]) -> str:
         """A sample as a person reads it, with its runs of visual tokens counted."""
-        from ..model.template import IGNORE_INDEX, IMAGE_PAD, VIDEO_PAD
+        from ..model.template import IMAGE_PAD, VIDEO_PAD
 
         text = self.tokenizer.decode(sample["input_ids"], skip_special_tokens=False)
         for pad in (IMAGE_PAD, VIDEO_PAD):
@@ -530,3 +645,162 @@ class RecordEncoder:
         said = [label for label in sample["labels"] if label != IGNORE_INDEX]
         answer = self.tokenizer.decode(said, skip_special_tokens=False)
         return f"{text}\nlabels ({len(said)} of {len(sample['input_ids'])} tokens):\n{answer}"
+
+
+def _source(row: dict[str, Any]) -> str:
+    return row.get("_source") or "a record"
+
+
+def _differences(clips: list[Clip], smaller: list[Clip]) -> str:
+    """The settings in which clips were made smaller, for a person."""
+    told = []
+    for old, new in zip(clips, smaller, strict=True):
+        names = [f.name for f in fields(Clip) if getattr(old, f.name) != getattr(new, f.name)]
+        told.append(f"{', '.join(f'{name} {getattr(new, name)}' for name in names)} for {old}")
+    return "; ".join(told)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A record's length in tokens, or what is wrong with it, or what was done to make it fit."""
+
+    tokens: int = 0
+    visual: int = 0
+    problem: str = ""
+    change: str = ""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How many of a record's clips were decoded into the cache, and were there; or what is wrong with it."""
+
+    decoded: int = 0
+    found: int = 0
+    problem: str = ""
+
+
+def _measure(encoder: RecordEncoder, row: dict[str, Any]) -> Measured:
+    try:
+        sample = encoder.encode(row)
+    except DatasetError as error:
+        return Measured(problem=str(error))
+    ids = sample["input_ids"]
+    return Measured(len(ids), encoder.visual_tokens(ids), change=sample["change"])
+
+
+def _store(encoder: RecordEncoder, row: dict[str, Any]) -> Stored:
+    try:
+        decoded = [encoder.reader.store(video) for video in encoder.encode(row)["videos"] or ()]
+        return Stored(sum(decoded), len(decoded) - sum(decoded))
+    except ClipError as error:
+        return Stored(problem=f"{_source(row)}: {error}")
+    except DatasetError as error:
+        return Stored(problem=str(error))
+
+
+_work: Callable[[dict[str, Any]], Any] | None = None  # of a process of `_for_all`
+
+
+def _start_work(work: Callable[[RecordEncoder, dict[str, Any]], Any], encoder: RecordEncoder) -> None:
+    global _work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the others
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _work = functools.partial(work, encoder)
+
+
+def _do_work(row: dict[str, Any]) -> Any:
+    return _work(row)
+
+
+def _for_all(
+    work: Callable[[RecordEncoder, dict[str, Any]], Result],
+    encoder: RecordEncoder,
+    dataset: datasets.Dataset,
+    numbers: Sequence[int],
+    workers: int,
+    title: str,
+) -> Iterator[Result]:
+    """What `work` makes of the records with those numbers, in order, by several processes, with a progress bar."""
+    parts = (dataset.select(numbers[at : at + _ROWS]) for at in range(0, len(numbers), _ROWS))
+    with tqdm(total=len(numbers), unit=" records", desc=title) as bar:
+        if workers < 2:
+            for part in parts:
+                for row in part:
+                    yield work(encoder, row)
+                    bar.update()
+            return
+        context = multiprocessing.get_context("fork")
+        executor = ProcessPoolExecutor(workers, context, _start_work, (work, encoder))
+        try:
+            for part in parts:
+                for result in executor.map(_do_work, part, chunksize=min(8, 1 + len(part) // (4 * workers))):
+                    yield result
+                    bar.update()
+        except BrokenProcessPool as error:
+            raise DatasetError(f"{title}: a process was killed, perhaps for memory; try fewer processes") from error
+        finally:
+            executor.shutdown(wait=False, cancel_futures=True)
+
+
+def measure_all(
+    dataset: datasets.Dataset, encoder: RecordEncoder, numbers: Sequence[int], workers: int
+) -> Iterator[Measured]:
+    """The lengths of the records with those numbers, in order; no clip is decoded.
+
+    Args:
+        workers: processes.
+    """
+    return _for_all(_measure, encoder, dataset, numbers, workers if len(numbers) > _FEW else 1, "Measuring records")
+
+
+def store_all(dataset: datasets.Dataset, encoder: RecordEncoder, workers: int, title: str) -> Iterator[Stored]:
+    """Decode all clips of a data set into the reader's cache.
+
+    Args:
+        workers: processes, each of which decodes with one thread.
+        title: of the progress bar.
+    """
+    encoder.reader.threads = 1
+    return _for_all(_store, encoder, dataset, range(len(dataset)), workers, title)
+
+
+def check_lengths(
+    dataset: datasets.Dataset,
+    encoder: RecordEncoder,
+    name: str,
+    workers: int,
+    report_dir: Path,
+    log: Callable[[str], None],
+) -> None:
+    """See before training that every record fits the cutoff, or which clips are made smaller for it.
+
+    A record whose clips cannot make it too long, whatever they hold, is not measured, and its clips are not probed.
+
+    Args:
+        name: of the data set; names the report.
+        workers: processes.
+        report_dir: where the list of records is written when there are any.
+        log: takes a line for the person who runs this.
+
+    Raises:
+        DatasetError: listing every record that does not fit, or whose clips cannot be planned.
+    """
+    numbers = [number for number, row in enumerate(dataset) if encoder.may_be_too_long(row)]
+    found = list(measure_all(dataset, encoder, numbers, workers)) if numbers else []
+    problems = [measured.problem for measured in found if measured.problem]
+    changes = [measured.change for measured in found if measured.change]
+    for lines, kind in ((problems, "too_long"), (changes, "shrunk")):
+        if not lines:
+            continue
+        report_dir.mkdir(parents=True, exist_ok=True)
+        report = report_dir / f"{kind}_records_{name}.txt"
+        report.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        text = WrongRecords(len(lines), lines).text(report)
+        if kind == "shrunk":
+            log(f"{name}: clips of {len(lines)} of {len(dataset)} records are made smaller to fit the cutoff:\n{text}")
+            continue
+        raise DatasetError(
+            f"{name}: {len(lines)} of {len(dataset)} records cannot be shown whole:\n{text}\n`video_fit: shrink` makes "
+            "clips of records over the cutoff smaller.",
+            len(lines),
+        )

@@ -24,9 +24,10 @@ from ..data.conversation import (
     VIDEO_PLACEHOLDER,
     strip_around_placeholders,
 )
-from ..video.clip import plan_clip, read_clip
+from ..video.clip import ClipReader
 from ..video.probe import ClipError, open_picture, picture_size
-from ..video.sampling import FramePlan, Sampling, SamplingError, llamafactory_size, smart_resize
+from ..video.sampling import FramePlan, Sampling, SamplingError, image_size, smart_resize
+from .patches import frames_to_patches
 
 IGNORE_INDEX = -100
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
@@ -45,9 +46,9 @@ def count_image_tokens(image: Any, image_processor: Any, sampling: Sampling) -> 
     factor = image_processor.patch_size * image_processor.merge_size
     size = image_processor.size
     try:
-        if sampling.image_bounds is not None:
-            height, width = llamafactory_size(height, width, *sampling.image_bounds)
-        height, width = smart_resize(height, width, factor, size.shortest_edge, size.longest_edge)
+        height, width = image_size(height, width, sampling) or (height, width)
+        if sampling.dialect != "qwen_vl_utils":
+            height, width = smart_resize(height, width, factor, size.shortest_edge, size.longest_edge)
     except SamplingError as error:
         raise ClipError(f"{image}: {error}") from error
     return height * width // factor**2
@@ -56,10 +57,8 @@ def count_image_tokens(image: Any, image_processor: Any, sampling: Sampling) -> 
 def read_image(image: Any, sampling: Sampling) -> Image.Image:
     """An image upright, in RGB and, where the dialect has a resize of its own before the processor's, resized."""
     picture = open_picture(image)
-    if sampling.image_bounds is None:
-        return picture
-    height, width = llamafactory_size(picture.height, picture.width, *sampling.image_bounds)
-    return picture if picture.size == (width, height) else picture.resize((width, height))
+    size = image_size(picture.height, picture.width, sampling)
+    return picture if size is None or size == (picture.height, picture.width) else picture.resize(size[::-1])
 
 
 def place_media(text: str, plans: list[FramePlan]) -> str:
@@ -228,6 +227,7 @@ def encode_text(tokenizer: Any, text: str, thinking: bool) -> tuple[list[int], l
 
 def encode_conversation(
     row: dict[str, Any],
+    plans: Sequence[FramePlan],
     tokenizer: Any,
     processor: Any,
     sampling: Sampling,
@@ -238,12 +238,13 @@ def encode_conversation(
     """Token ids and labels of a row of `loader.FEATURES`.
 
     Args:
+        plans: of the row's clips, in order.
+        sampling: of its images.
         generation: prompt ids alone, up to the last answer, and that answer's ids as labels.
 
     Raises:
         ClipError, TemplateError: if it cannot be shown.
     """
-    plans = [plan_clip(video, sampling) for video in row["_videos"] or ()]
     image_tokens = [count_image_tokens(image, processor.image_processor, sampling) for image in row["_images"] or ()]
     to_place = list(plans)
     # Other formats than ours keep the newline after <video>; the model is to be trained as it will be asked.
@@ -261,7 +262,7 @@ def encode_conversation(
 
 
 def vision_inputs(
-    images: Sequence[Any], videos: Sequence[Any], processor: Any, sampling: Sampling
+    images: Sequence[Any], videos: Sequence[Any], processor: Any, reader: ClipReader
 ) -> dict[str, torch.Tensor]:
     """Patches of images and clips, as transformers' processors make them.
 
@@ -271,24 +272,14 @@ def vision_inputs(
     """
     inputs: dict[str, torch.Tensor] = {}
     if images:
-        pictures = [read_image(image, sampling) for image in images]
-        inputs.update(processor.image_processor(images=pictures, return_tensors="pt"))
+        pictures = [read_image(image, reader.sampling) for image in images]
+        resize = reader.sampling.dialect != "qwen_vl_utils"  # there, images have their size already
+        inputs.update(processor.image_processor(images=pictures, do_resize=resize, return_tensors="pt"))
     if videos:
-        patches, grids = [], []
-        for video in videos:
-            plan = plan_clip(video, sampling)
-            frames = torch.from_numpy(read_clip(video, plan)).permute(0, 3, 1, 2)
-            made = processor.video_processor(
-                videos=[frames], do_resize=False, do_sample_frames=False, input_data_format="channels_first"
-            )
-            if made["video_grid_thw"][0].tolist() != list(plan.grid):
-                raise ClipError(
-                    f"{video}: shows the grid {made['video_grid_thw'][0].tolist()}, told {list(plan.grid)}"
-                )
-            patches.append(made["pixel_values_videos"])
-            grids.append(made["video_grid_thw"])
-        inputs["pixel_values_videos"] = torch.cat(patches)
-        inputs["video_grid_thw"] = torch.cat(grids)
+        clips = [reader.show(video) for video in videos]
+        patches = [frames_to_patches(clip.frames, processor.video_processor) for clip in clips]
+        inputs["pixel_values_videos"] = patches[0] if len(patches) == 1 else torch.cat(patches)
+        inputs["video_grid_thw"] = torch.tensor([clip.plan.grid for clip in clips])
     return inputs
 
 

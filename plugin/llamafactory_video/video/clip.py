@@ -1,15 +1,42 @@
 """A clip -> its plan, and its planned frames. Training, chat and evaluation have no other way to either."""
 
 import io
+import logging
 import os
-from typing import Any
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ..data.conversation import Clip, decode_clip
-from .decode import decode_frames, resize_frame
-from .probe import ClipError, open_picture, picture_size, probe
+from .cache import FrameCache, frame_key
+from .decode import DisagreementError, count_by_decoding, decode_frames, resize_frame
+from .probe import ClipError, VideoFile, file_stamp, open_picture, picture_size, probe
 from .sampling import ClipInfo, FramePlan, Sampling, SamplingError, plan_frames
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+_KNOWN_FILES = 65536  # files whose facts are kept in memory
+_ATTEMPTS = 4  # a clip that is replaced this often while it is read is given up
+
+
+@dataclass(frozen=True)
+class ShownClip:
+    """A clip as the model is shown it.
+
+    Attributes:
+        plan: which frames, when, how large.
+        frames: (T, plan.height, plan.width, 3) uint8.
+        name: for messages.
+    """
+
+    plan: FramePlan
+    frames: np.ndarray
+    name: str = ""
 
 
 def as_clip(video: Any) -> Clip:
@@ -26,62 +53,192 @@ def as_clip(video: Any) -> Clip:
         return Clip(path=os.fspath(video))
     if isinstance(video, list | tuple):
         return Clip(frames=tuple(video))
-    stream = buffer_stream(video)
-    if not hasattr(stream, "seek"):
-        raise ClipError(f"a {type(video).__name__} is no video; a path, a file object or frame pictures are needed")
-    return Clip(path=stream)
-
-
-def buffer_stream(video: Any) -> Any:
-    """Bytes, or a stream that can be read only once, as a file object that can be read again; the rest as it is."""
     if isinstance(video, bytes):
-        return io.BytesIO(video)
-    if hasattr(video, "read") and not (hasattr(video, "seekable") and video.seekable()):
-        return io.BytesIO(video.read())
-    return video
+        video = io.BytesIO(video)
+    elif hasattr(video, "read") and not (hasattr(video, "seekable") and video.seekable()):
+        video = io.BytesIO(video.read())
+    if not hasattr(video, "seek"):
+        raise ClipError(f"a {type(video).__name__} is no video; a path, a file object or frame pictures are needed")
+    return Clip(path=video)
 
 
-def plan_clip(video: Any, sampling: Sampling) -> FramePlan:
-    """What is shown of a clip. Frame numbers count in the whole file, times from the start of the clip.
+class ClipReader:
+    """Plans and reads clips as one recipe says.
 
     Args:
-        video: anything that `as_clip` takes.
-        sampling: the recipe's; the clip's own settings override it.
-
-    Raises:
-        ClipError: naming the clip, if it cannot be read or shown.
+        sampling: the recipe's; a clip's own settings override it.
+        cache: of decoded frames; None: each clip is decoded whenever it is shown.
+        timeout: seconds that reading one clip may take; None: any time.
+        threads: for the decoder; None: a fair share of the machine's cores, at most 4.
     """
-    clip = as_clip(video)
-    try:
-        sampling = sampling.override(
-            fps=clip.fps,
-            min_frames=clip.min_frames,
-            max_frames=clip.max_frames,
-            min_pixels=clip.min_pixels,
-            max_pixels=clip.max_pixels,
-        )
-        info = _frames_info(clip, sampling.fps) if clip.frames else probe(clip.path)
+
+    def __init__(
+        self,
+        sampling: Sampling,
+        cache: FrameCache | None = None,
+        timeout: float | None = 120.0,
+        threads: int | None = None,
+    ) -> None:
+        self.sampling, self.cache, self.timeout, self.threads = sampling, cache, timeout, threads
+        self._files: dict[str, VideoFile] = {}
+
+    def plan(self, video: Any) -> FramePlan:
+        """What is shown of a clip, without decoding it.
+
+        Raises:
+            ClipError: naming the clip, if it cannot be read or shown.
+        """
+        if isinstance(video, ShownClip):
+            return video.plan
+        clip = as_clip(video)
+        try:
+            return self._plan(clip, self._file(clip))
+        except (SamplingError, ClipError) as error:
+            raise ClipError(f"{clip}: {error}") from error
+
+    def show(self, video: Any) -> ShownClip:
+        """A clip's plan and its frames, which agree: a clip that yields other frames than planned is planned anew.
+
+        Raises:
+            ClipError: naming the clip, if it cannot be read or shown.
+        """
+        if isinstance(video, ShownClip):
+            return video
+        clip = as_clip(video)
+        try:
+            file = self._file(clip)
+            for _ in range(_ATTEMPTS):
+                plan = self._plan(clip, file)
+                try:
+                    return ShownClip(plan, self._frames(clip, file, plan), str(clip))
+                except DisagreementError as error:
+                    assert file is not None  # pictures have nothing to disagree with
+                    if isinstance(clip.path, str) and file_stamp(clip.path) != file.stamp:
+                        file = self._file(clip)
+                    elif file.counted:
+                        raise ClipError(f"decodes differently each time ({error}); is it damaged?") from error
+                    else:
+                        file = self._count(clip, file)
+            raise ClipError("changes while it is read")
+        except (SamplingError, ClipError) as error:
+            raise ClipError(f"{clip}: {error}") from error
+
+    def store(self, video: Any) -> bool:
+        """Have a clip's frames in the cache.
+
+        Returns:
+            Whether they had to be decoded.
+
+        Raises:
+            ClipError: naming the clip, if it cannot be read or shown.
+        """
+        clip = as_clip(video)
+        try:
+            file = self._file(clip)
+            key = self._key(clip, file, self._plan(clip, file))
+        except (SamplingError, ClipError) as error:
+            raise ClipError(f"{clip}: {error}") from error
+        if key is not None and self.cache.holds(key):
+            return False
+        self.show(clip)
+        return True
+
+    def _plan(self, clip: Clip, file: VideoFile | None) -> FramePlan:
+        sampling = clip.sampling(self.sampling)
+        info = _pictures_info(clip, sampling.fps) if file is None else file.info
+        if file is not None and file.damaged and info.num_frames < sampling.min_frames:
+            raise ClipError(f"{file.note}, fewer than video_min_frames, {sampling.min_frames}; replace it")
         return plan_frames(info, sampling, clip.start, clip.end)
-    except (SamplingError, ClipError) as error:
-        raise ClipError(f"{clip}: {error}") from error
+
+    def _file(self, clip: Clip) -> VideoFile | None:
+        """The facts of a clip's file, from memory, from the cache or from its packets."""
+        if clip.frames:
+            return None
+        path = clip.path
+        if not isinstance(path, str):
+            return self._limited(lambda: probe(path, self.timeout))  # an upload has no name to remember it by
+        stamp = file_stamp(path)
+        known = self._files.get(path)
+        if known is not None and known.stamp == stamp:
+            return known
+        file = self.cache and self.cache.read_file(path, stamp)
+        if file is None:
+            file = self._limited(lambda: probe(path, self.timeout))
+            if self.cache is not None:
+                self.cache.write_file(path, file)
+        if known is not None:
+            logger.warning("%s has been replaced since it was last read; it is read anew.", path)
+        elif file.note:
+            logger.warning("%s: %s.", path, file.note)
+        self._remember(path, file)
+        return file
+
+    def _remember(self, path: str, file: VideoFile) -> None:
+        if len(self._files) >= _KNOWN_FILES:
+            self._files.pop(next(iter(self._files)))
+        self._files[path] = file
+
+    def _count(self, clip: Clip, file: VideoFile) -> VideoFile:
+        """Learn from decoding it all what a file holds whose packets told it wrong."""
+        counted = self._limited(lambda: count_by_decoding(clip.path, file, self.timeout))
+        if counted.note != file.note:
+            logger.warning("%s: %s.", clip, counted.note)
+        if isinstance(clip.path, str):
+            self._remember(clip.path, counted)
+            if self.cache is not None:
+                self.cache.write_file(clip.path, counted)
+        return counted
+
+    def _key(self, clip: Clip, file: VideoFile | None, plan: FramePlan) -> str | None:
+        """The key of the plan's frames in the cache; None for uploads, and if there is no cache."""
+        sources = [clip.path] if file is not None else [clip.frames[i] for i in plan.indices]
+        if self.cache is None or not all(isinstance(source, str) for source in sources):
+            return None
+        stamps = [file.stamp] if file is not None else [file_stamp(source) for source in sources]
+        contents = [self.cache.content(source, stamp) for source, stamp in zip(sources, stamps, strict=True)]
+        return frame_key(contents, file, plan)
+
+    def _frames(self, clip: Clip, file: VideoFile | None, plan: FramePlan) -> np.ndarray:
+        key = self._key(clip, file, plan)
+        frames = None if key is None else self.cache.read(key)
+        if frames is not None:
+            return frames
+        if file is None:
+            pictures = [np.asarray(open_picture(clip.frames[i])) for i in plan.indices]
+            frames = np.stack([resize_frame(picture, plan) for picture in pictures])
+        else:
+            threads = _fair_threads() if self.threads is None else self.threads
+            frames = self._limited(lambda: decode_frames(clip.path, file, plan, threads, self.timeout))
+            if isinstance(clip.path, str) and file_stamp(clip.path) != file.stamp:
+                raise DisagreementError("was replaced while it was read")
+        if key is not None:
+            self.cache.write(key, frames, str(clip))
+        return frames
+
+    def _limited(self, work: Callable[[], Result]) -> Result:
+        """Do a piece of reading in a thread of its own, and leave it behind if it hangs inside a decoder."""
+        if self.timeout is None:
+            return work()
+        done: queue.SimpleQueue = queue.SimpleQueue()
+
+        def run() -> None:
+            try:
+                done.put((work(), None))
+            except BaseException as error:
+                done.put((None, error))
+
+        threading.Thread(target=run, daemon=True, name="read a clip").start()
+        try:
+            # The decoder looks at the time itself between two packets; a little longer for it to say so.
+            result, error = done.get(timeout=self.timeout + 1)
+        except queue.Empty:
+            raise ClipError(f"the decoder hangs: nothing came within video_timeout, {self.timeout:g} s") from None
+        if error is not None:
+            raise error
+        return result
 
 
-def read_clip(video: Any, plan: FramePlan) -> np.ndarray:
-    """The planned frames, (T, plan.height, plan.width, 3) uint8.
-
-    Raises:
-        ClipError: naming the clip, if it cannot be decoded.
-    """
-    clip = as_clip(video)
-    try:
-        if not clip.frames:
-            return decode_frames(clip.path, plan)
-        return np.stack([resize_frame(np.asarray(open_picture(clip.frames[i])), plan) for i in plan.indices])
-    except ClipError as error:
-        raise ClipError(f"{clip}: {error}") from error
-
-
-def _frames_info(clip: Clip, default_rate: float) -> ClipInfo:
+def _pictures_info(clip: Clip, default_rate: float) -> ClipInfo:
     sizes = {picture_size(frame) for frame in clip.frames}
     if len(sizes) > 1:
         raise ClipError(f"frames differ in size, {sorted(sizes)} (h, w); they must be alike")
@@ -95,3 +252,12 @@ def _frames_info(clip: Clip, default_rate: float) -> ClipInfo:
     # LLaMA-Factory takes a list without a rate to be sampled already, at video_fps.
     rate = clip.frame_rate or default_rate
     return ClipInfo(count, rate, count / rate, height, width, pictures=True)
+
+
+def _fair_threads() -> int:
+    """Decoder threads that leave the machine's cores to all worker processes alike."""
+    from torch.utils.data import get_worker_info
+
+    worker = get_worker_info()
+    readers = (worker.num_workers if worker else 1) * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(4, len(os.sched_getaffinity(0)) // readers))

@@ -50,7 +50,7 @@ def resize_frame(frame: np.ndarray, plan: FramePlan) -> np.ndarray:
         frame = np.asarray(Image.fromarray(frame).resize(plan.pre_size[::-1]))
     if frame.shape[:2] == (plan.height, plan.width):
         return frame
-    planes = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)
+    planes = torch.from_numpy(np.require(frame, requirements="CW")).permute(2, 0, 1)
     planes = transforms.resize(planes, [plan.height, plan.width], InterpolationMode.BICUBIC, antialias=True)
     return planes.permute(1, 2, 0).numpy()
 
@@ -129,10 +129,21 @@ def count_by_decoding(source: str | BinaryIO, file: VideoFile, timeout: float | 
             info = describe(stream, np.maximum.accumulate(np.array(seconds)), orientation, size)
     except av.FFmpegError as error:
         raise ClipError(f"cannot be decoded ({error.strerror})") from error
-    note = file.note
-    if info.num_frames < file.info.num_frames:
-        note = f"{info.num_frames} of its {file.info.num_frames} frames can be decoded: it is damaged, or its packets are not frames"
-    return replace(file, info=info, height=size[0], width=size[1], orientation=orientation, counted=True, note=note)
+    lost = file.info.num_frames - info.num_frames
+    note, damaged = file.note, file.damaged
+    if lost > 0:
+        note = f"damaged: {info.num_frames} of {file.info.num_frames} frames can be decoded, {lost} are lost"
+        damaged = True
+    return replace(
+        file,
+        info=info,
+        height=size[0],
+        width=size[1],
+        orientation=orientation,
+        counted=True,
+        note=note,
+        damaged=damaged,
+    )
 
 
 def _deadline(timeout: float | None) -> Callable[[], None]:

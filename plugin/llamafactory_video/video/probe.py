@@ -68,6 +68,7 @@ class VideoFile:
         orientation: how they are turned.
         counted: `info` comes from decoding, since packets told it wrong or the file is damaged.
         note: what a person should know of the file, such as how much of it is lost.
+        damaged: some of its frames are lost.
         stamp: size in bytes and time of the last change in ns, as the file was when probed.
     """
 
@@ -77,6 +78,7 @@ class VideoFile:
     orientation: Orientation = Orientation()
     counted: bool = False
     note: str = ""
+    damaged: bool = False
     stamp: tuple[int, int] = (0, 0)
 
 
@@ -263,7 +265,7 @@ def probe(source: str | BinaryIO, timeout: float | None = None) -> VideoFile:
             size = stream.height, stream.width
             info = describe(stream, packets.seconds, orientation, size)
             note = f"only {info.num_frames} frames can be read: {packets.lost}" if packets.lost else ""
-            return VideoFile(info, *size, orientation, note=note, stamp=stamp)
+            return VideoFile(info, *size, orientation, note=note, damaged=bool(note), stamp=stamp)
     except av.FFmpegError as error:
         raise ClipError(f"is not a video that can be read ({error.strerror})") from error
 

@@ -24,6 +24,7 @@ _UTILS_IMAGE_TOKENS = (4, 16384)
 _UTILS_FRAME_TOKENS = (128, 768)
 _UTILS_CONTEXT_TOKENS = 128000  # nine tenths of it are for a clip
 _UTILS_ONLY = ("total_pixels", "nframes", "resized_height", "resized_width")
+_TIME_TOKENS = 16  # <1234.5 seconds> and the marks around the pads take fewer
 
 
 class SamplingError(ValueError):
@@ -286,7 +287,7 @@ def select_span(info: ClipInfo, sampling: Sampling, start: float | None, end: fl
             last = n - 1 if end is None else bisect.bisect_right(info.times, end) - 1
         else:
             seconds = n / info.fps
-            first = 0 if start is None else math.ceil(min(start, seconds) * info.fps)
+            first = 0 if start is None else math.ceil(max(0.0, min(start, seconds)) * info.fps)
             last = n - 1 if end is None else min(math.floor(min(end, seconds) * info.fps), n - 1)
         enough = first < last
     else:
@@ -325,11 +326,12 @@ def count_frames(n: int, fps: float, duration: float, sampling: Sampling) -> int
 
 def sample_positions(n: int, count: int, sampling: Sampling, first: int = 0) -> list[int]:
     """`count` evenly spread frame numbers from `first` to `first + n - 1`, as the dialect rounds them."""
-    last = first + n - 1
     if sampling.dialect == "qwen_vl_utils":
-        return torch.linspace(first, last, count).round().long().tolist()
-    spread = np.linspace(first, last, count)
-    return (spread.astype(np.int32) if sampling.dialect == "llamafactory" else spread.round().astype(int)).tolist()
+        return torch.linspace(first, first + n - 1, count).round().long().tolist()
+    # Spread from 0, as over a file that was cut out: halves round to the even number.
+    spread = np.linspace(0, n - 1, count)
+    spread = spread.astype(np.int32) if sampling.dialect == "llamafactory" else spread.round().astype(int)
+    return (spread + first).tolist()
 
 
 def _nearest(times: tuple[float, ...], span: range, positions: list[int]) -> list[int]:
@@ -423,3 +425,77 @@ def _utils_size(info: ClipInfo, sampling: Sampling, shown: int) -> tuple[int, in
     limit = max(min(_UTILS_FRAME_TOKENS[1] * token, total / shown * 2), int(least * 1.05))
     size = utils_smart_resize(height, width, sampling.factor, least, min(sampling.max_pixels or limit, limit))
     return *size, pre_size
+
+
+# The ways in which `shrink` makes a clip smaller, in this order.
+SHRINK_STAGES = 4
+
+
+def shrink(sampling: Sampling, plan: FramePlan, stage: int, share: float) -> dict[str, int | None]:
+    """Settings with which a clip takes fewer tokens.
+
+    First it loses pixels, down to min_pixels; then frames, down to min_frames; then, below what the recipe asks for,
+    pixels down to one token for each pair of frames, and frames down to two. A stage begins where the one before ended.
+
+    Args:
+        sampling: the clip's.
+        plan: what would be shown of it.
+        stage: 0 to SHRINK_STAGES - 1.
+        share: of the way that is not gone in this stage, 0 to 1.
+
+    Returns:
+        Settings of the clip in place of the recipe's; None takes one away.
+    """
+    clip_wide = sampling.dialect == "qwen_finetune"
+    height, width = plan.pre_size if sampling.dialect == "llamafactory" else (plan.height, plan.width)
+    frames = len(plan.indices)
+    least_frames = min(2 if sampling.nframes else sampling.min_frames, frames)
+    pixels = height * width * (frames if clip_wide else 1)
+    least_pixels = min(sampling.min_pixels or _UTILS_FRAME_TOKENS[0] * sampling.factor**2, pixels)
+    token_pixels = min(least_pixels, sampling.factor**2 * (least_frames if clip_wide else 1))
+    if stage == 0:
+        pixels = round(least_pixels + share * (pixels - least_pixels))
+    elif stage == 1:
+        pixels, frames = least_pixels, round(least_frames + share * (frames - least_frames))
+    elif stage == 2:
+        pixels, frames = round(token_pixels + share * (least_pixels - token_pixels)), least_frames
+    else:
+        pixels, frames = token_pixels, max(2, round(2 + share * (least_frames - 2)))
+    settings: dict[str, int | None] = {"max_pixels": pixels}
+    if sampling.min_pixels is None or sampling.min_pixels > pixels:
+        settings["min_pixels"] = min(pixels, least_pixels)
+    if sampling.resized_height is not None:
+        settings |= {"resized_height": None, "resized_width": None}
+    if sampling.nframes is not None:
+        settings["nframes"] = frames // 2 * 2
+    elif stage:
+        settings["max_frames"] = frames
+        if sampling.min_frames > frames:
+            settings["min_frames"] = frames
+    return settings
+
+
+def most_tokens(sampling: Sampling, pictures: int | None = None) -> int:
+    """Tokens that no clip takes more of, whatever it holds: visual ones, and those of the times beside them.
+
+    Args:
+        pictures: for a list of pictures: how many.
+    """
+    frames = sampling.nframes or sampling.max_frames
+    if pictures is not None and sampling.dialect == "qwen_vl_utils":
+        frames = pictures
+    frames += frames % 2
+    token = sampling.factor**2
+    if sampling.dialect == "qwen_finetune":
+        area = sampling.max_pixels / frames
+    elif sampling.dialect == "llamafactory":
+        area = max(sampling.max_pixels, 200 * _LLAMAFACTORY_MIN_SIDE**2, sampling.processor_min_pixels / 2)
+    elif sampling.resized_height is not None:
+        area = _UTILS_IMAGE_TOKENS[1] * token
+    else:
+        least = sampling.min_pixels or _UTILS_FRAME_TOKENS[0] * token
+        total = sampling.total_pixels or _UTILS_CONTEXT_TOKENS * token * 0.9
+        area = max(min(_UTILS_FRAME_TOKENS[1] * token, total / frames * 2), least * 1.05)
+    # Sides are rounded up to whole tokens; with sides of 200 : 1 that adds the most.
+    area += sampling.factor * math.sqrt(area) * (math.sqrt(200) + math.sqrt(1 / 200)) + token
+    return math.ceil(frames / 2 * (area / token + _TIME_TOKENS))
