@@ -738,7 +738,7 @@ def read_environment(variables: dict[str, str], flags: dict[str, Any] | None = N
     if "video_max_pixels" in mapped.recipe:
         # It replaces the 768 in max(min(768 tokens, ...), 1.05 * min_pixels), and not max_pixels of a message.
         low, high = mapped.recipe.get("video_min_pixels", _FRAME_TOKENS[0] * _TOKEN), mapped.recipe["video_max_pixels"]
-        limit = low
+        limit = int(low * 1.05)
         if high > _FRAME_TOKENS[1] * _TOKEN:
             mapped.note("VIDEO_MAX_TOKEN_NUM", _SAID["768"])
         if high < limit:
