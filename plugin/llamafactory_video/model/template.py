@@ -208,12 +208,15 @@ def encode_text(tokenizer: Any, text: str, thinking: bool) -> tuple[list[int], l
     start = f"{re.escape(ANSWER_START)}(?:<think>\n)?" if thinking else re.escape(ANSWER_START)
     spans = [match.span(1) for match in re.finditer(f"{start}(.*?<\\|im_end\\|>\n)", text, re.DOTALL)]
     cuts = [0, *(begin for begin, _ in spans if thinking), len(text)]
+    backend = tokenizer.backend_tokenizer  # the wrapper around it takes a third of the time
+    backend.no_truncation()
+    backend.no_padding()
     ids: list[int] = []
     offsets: list[tuple[int, int]] = []
     for cut, following in itertools.pairwise(cuts):
-        encoded = tokenizer(text[cut:following], add_special_tokens=False, return_offsets_mapping=True)
-        ids += encoded["input_ids"]
-        offsets += [(begin + cut, end + cut) for begin, end in encoded["offset_mapping"]]
+        encoded = backend.encode(text[cut:following], add_special_tokens=False)
+        ids += encoded.ids
+        offsets += encoded.offsets if not cut else [(begin + cut, end + cut) for begin, end in encoded.offsets]
     labels = [IGNORE_INDEX] * len(ids)
     token = 0
     for begin, end in spans:

@@ -14,6 +14,7 @@ import av
 import numpy as np
 import torch
 from PIL import Image
+from torchvision.transforms import functional as float_transforms
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
@@ -38,7 +39,7 @@ class DisagreementError(Exception):
 
 
 def resize_frame(frame: np.ndarray, plan: FramePlan) -> np.ndarray:
-    """One frame at its planned size, by the resizing of transformers' video processor and of qwen-vl-utils.
+    """One frame at its planned size, by the resizing of transformers' video processor or of qwen-vl-utils.
 
     Args:
         frame: (H, W, 3) uint8.
@@ -51,7 +52,8 @@ def resize_frame(frame: np.ndarray, plan: FramePlan) -> np.ndarray:
     if frame.shape[:2] == (plan.height, plan.width):
         return frame
     planes = torch.from_numpy(np.require(frame, requirements="CW")).permute(2, 0, 1)
-    planes = transforms.resize(planes, [plan.height, plan.width], InterpolationMode.BICUBIC, antialias=True)
+    resize = float_transforms.resize if plan.float_resize else transforms.resize
+    planes = resize(planes, [plan.height, plan.width], InterpolationMode.BICUBIC, antialias=True)
     return planes.permute(1, 2, 0).numpy()
 
 
@@ -76,7 +78,7 @@ def decode_frames(
     for place, index in enumerate(plan.indices):
         places.setdefault(index, []).append(place)
     try:
-        with open_container(source, timeout) as container:
+        with open_container(source, timeout, packets_only=True) as container:
             packets = packets_of(source, container, video_stream(container))
         if packets.num_frames != file.info.num_frames and not file.counted:
             raise DisagreementError("has other packets than when it was probed")

@@ -10,6 +10,7 @@ trainer uses), `qwen_vl_utils` (the package of that name, 0.0.14) and `llamafact
 
 import bisect
 import math
+import operator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -130,8 +131,13 @@ class Sampling:
         return self.patch_size * self.merge_size
 
     def override(self, **settings: Any) -> "Sampling":
-        """The same with those of the named settings that are not None."""
+        """The same with those of the named settings that are not None; a bound that they cross moves with them."""
         given = {key: value for key, value in settings.items() if value is not None}
+        for least, most in (("min_frames", "max_frames"), ("min_pixels", "max_pixels")):
+            for own, other, crossed in ((most, least, operator.lt), (least, most, operator.gt)):
+                bound = getattr(self, other)
+                if own in given and other not in given and bound is not None and crossed(given[own], bound):
+                    given[other] = given[own]
         return replace(self, **given) if given else self
 
 
@@ -146,6 +152,7 @@ class FramePlan:
         grid: patches (t, h, w), with t = T / temporal_patch_size.
         merge_size: patches merged into a token, per side.
         pre_size: (height, width) of a first resize by PIL, in the dialect that has one.
+        float_resize: the resize is computed in float32, as qwen-vl-utils does it; else in uint8, as transformers does.
     """
 
     indices: tuple[int, ...]
@@ -155,6 +162,7 @@ class FramePlan:
     grid: tuple[int, int, int]
     merge_size: int = 2
     pre_size: tuple[int, int] | None = None
+    float_resize: bool = False
 
     @property
     def tokens_per_timestamp(self) -> int:
@@ -385,7 +393,7 @@ def plan_frames(info: ClipInfo, sampling: Sampling, start: float | None = None, 
         times = [(i - origin) / info.fps for i in numbers]
     height, width, pre_size = _frame_size(info, sampling, sampled, len(indices))
     grid = (len(indices) // sampling.temporal_patch_size, height // sampling.patch_size, width // sampling.patch_size)
-    return FramePlan(tuple(indices), tuple(times), height, width, grid, sampling.merge_size, pre_size)
+    return FramePlan(tuple(indices), tuple(times), height, width, grid, sampling.merge_size, pre_size, utils)
 
 
 def _frame_size(
