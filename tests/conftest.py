@@ -9,7 +9,6 @@ from pathlib import Path
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same path on every machine
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="lmf-video-")  # nothing of the tests in the home folder
-atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 import av
@@ -18,6 +17,7 @@ import pytest
 from llamafactory_video.demo.tiny_model import build_processor
 from transformers import AutoProcessor
 
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 SHARED = Path(__file__).parents[2] / "shared"
 
 

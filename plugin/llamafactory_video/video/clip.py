@@ -3,8 +3,6 @@
 import io
 import logging
 import os
-import queue
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -13,7 +11,7 @@ import numpy as np
 
 from ..data.conversation import Clip, decode_clip
 from .cache import FrameCache, frame_key
-from .decode import DisagreementError, count_by_decoding, decode_frames, resize_frame
+from .decode import DisagreementError, count_by_decoding, decode_frames, resize_frame, start
 from .probe import ClipError, VideoFile, file_stamp, open_picture, picture_size, probe
 from .sampling import ClipInfo, FramePlan, Sampling, SamplingError, plan_frames
 
@@ -219,23 +217,11 @@ class ClipReader:
         """Do a piece of reading in a thread of its own, and leave it behind if it hangs inside a decoder."""
         if self.timeout is None:
             return work()
-        done: queue.SimpleQueue = queue.SimpleQueue()
-
-        def run() -> None:
-            try:
-                done.put((work(), None))
-            except BaseException as error:
-                done.put((None, error))
-
-        threading.Thread(target=run, daemon=True, name="read a clip").start()
         try:
             # The decoder looks at the time itself between two packets; a little longer for it to say so.
-            result, error = done.get(timeout=self.timeout + 1)
-        except queue.Empty:
+            return start(work)(self.timeout + 1)
+        except TimeoutError:
             raise ClipError(f"the decoder hangs: nothing came within video_timeout, {self.timeout:g} s") from None
-        if error is not None:
-            raise error
-        return result
 
 
 def _pictures_info(clip: Clip, default_rate: float) -> ClipInfo:

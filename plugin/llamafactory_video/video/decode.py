@@ -4,11 +4,14 @@ A file is decoded from a key frame on, and only as far as wanted frames need it.
 that no other frame refers to are left out: in usual H.264 and H.265 files that is up to half of them.
 """
 
+import functools
+import queue
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import av
 import numpy as np
@@ -29,6 +32,8 @@ from .probe import (
     video_stream,
 )
 from .sampling import FramePlan
+
+Result = TypeVar("Result")
 
 # Passing over this many packets by reading them costs about as much as a seek.
 _SEEK_GAP = 100
@@ -58,7 +63,7 @@ def resize_frame(frame: np.ndarray, plan: FramePlan) -> np.ndarray:
 
 
 def decode_frames(
-    source: str | BinaryIO, file: VideoFile, plan: FramePlan, threads: int = 0, timeout: float | None = None
+    source: str | BinaryIO, file: VideoFile, plan: FramePlan, threads: int = 1, timeout: float | None = None
 ) -> np.ndarray:
     """The planned frames of a video file, (T, plan.height, plan.width, 3) uint8.
 
@@ -66,7 +71,7 @@ def decode_frames(
 
     Args:
         file: what `probe` or `count_by_decoding` found, from which the plan was made.
-        threads: for the decoder; 0: as many as the machine has.
+        threads: that decode.
         timeout: seconds that it may take altogether.
 
     Raises:
@@ -77,34 +82,87 @@ def decode_frames(
     places: dict[int, list[int]] = {}
     for place, index in enumerate(plan.indices):
         places.setdefault(index, []).append(place)
-    try:
-        with open_container(source, timeout, packets_only=True) as container:
-            packets = packets_of(source, container, video_stream(container))
-        if packets.num_frames != file.info.num_frames and not file.counted:
-            raise DisagreementError("has other packets than when it was probed")
-        with open_container(source, timeout) as container:  # anew: not every container can be rewound
+    tick = _deadline(timeout)
+
+    def read(find: Callable[..., Iterator[tuple[int, av.VideoFrame]]], threads: int) -> None:
+        with open_container(source, timeout) as container:
             stream = video_stream(container)
             stream.thread_type = "AUTO"
-            stream.codec_context.thread_count = 1 if file.counted else threads
-            tick = _deadline(timeout)
-            if file.counted or packets.in_order:
-                found = _by_order(container, stream, tick, tolerant=file.counted)
+            stream.codec_context.thread_count = threads
+            for index, frame in find(container, stream, tick):
+                if index in places:
+                    if not file.counted or index == 0:
+                        _check_frame(frame, file)
+                    picture = file.orientation.apply(frame.to_ndarray(format="rgb24"))
+                    shown[places.pop(index)] = resize_frame(picture, plan)
+                    if not places:
+                        return
+
+    try:
+        if file.counted:  # damaged pictures come out alike only in one thread
+            read(functools.partial(_by_order, tolerant=True), 1)
+        else:
+            with open_container(source, timeout, packets_only=True) as container:
+                packets = packets_of(source, container, video_stream(container))
+            if packets.num_frames != file.info.num_frames:
+                raise DisagreementError("has other packets than when it was probed")
+            if packets.in_order:
+                read(functools.partial(_by_order, tolerant=False), threads)
             else:
-                found = _by_time(container, stream, packets, sorted(places), tick)
-            for index, frame in found:
-                if index not in places:
-                    continue
-                if not file.counted or index == 0:
-                    _check_frame(frame, file)
-                picture = resize_frame(file.orientation.apply(frame.to_ndarray(format="rgb24")), plan)
-                shown[places.pop(index)] = picture
-                if not places:
-                    break
+                wanted = sorted(places)
+                shares = _shares(_runs(packets, packets.position[wanted]), threads if isinstance(source, str) else 1)
+                finds = [functools.partial(_by_time, packets=packets, wanted=wanted, runs=runs) for runs in shares]
+                # Groups of pictures are decoded side by side: a decoder's own threads wait for one another.
+                others = [start(functools.partial(read, find, threads // len(shares))) for find in finds[1:]]
+                read(finds[0], threads // len(shares))
+                for wait in others:
+                    wait(None)
     except av.FFmpegError as error:
         raise DisagreementError(f"cannot be decoded ({error.strerror})") from error
     if places:
         raise DisagreementError(f"frame {min(places)} is missing")
     return shown
+
+
+def start(work: Callable[[], Result]) -> Callable[[float | None], Result]:
+    """Begin a piece of work in a thread that the process need not wait for when it ends.
+
+    Returns:
+        A function that waits for its result at most so many seconds, and raises what the work raised, or TimeoutError.
+    """
+    done: queue.SimpleQueue = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            done.put((work(), None))
+        except BaseException as error:
+            done.put((None, error))
+
+    threading.Thread(target=run, daemon=True, name="read a clip").start()
+
+    def wait(timeout: float | None) -> Result:
+        try:
+            result, error = done.get(timeout=timeout)
+        except queue.Empty:
+            raise TimeoutError from None
+        if error is not None:
+            raise error
+        return result
+
+    return wait
+
+
+def _shares(runs: list[tuple[int, int]], count: int) -> list[list[tuple[int, int]]]:
+    """The runs in at most `count` shares of about the same number of packets."""
+    total = sum(end - begin for begin, end in runs)
+    shares: list[list[tuple[int, int]]] = [[]]
+    filled = 0
+    for begin, end in runs:
+        if shares[-1] and len(shares) < count and filled + (end - begin) / 2 > total * len(shares) / count:
+            shares.append([])
+        shares[-1].append((begin, end))
+        filled += end - begin
+    return shares
 
 
 def count_by_decoding(source: str | BinaryIO, file: VideoFile, timeout: float | None = None) -> VideoFile:
@@ -202,21 +260,21 @@ def _by_order(
 def _by_time(
     container: av.container.InputContainer,
     stream: av.VideoStream,
+    tick: Callable[[], None],
     packets: Packets,
     wanted: list[int],
-    tick: Callable[[], None],
+    runs: list[tuple[int, int]],
 ) -> Iterator[tuple[int, av.VideoFrame]]:
-    """The wanted frames with their numbers in order of presentation, told apart by their time stamps.
+    """The wanted frames of some runs with their numbers in order of presentation, told apart by their time stamps.
 
     Args:
-        wanted: frame numbers, increasing.
+        wanted: frame numbers.
+        runs: of packets, in their order.
     """
-    shown = np.flatnonzero(packets.shown)
-    positions = shown[np.argsort(packets.pts[shown])][wanted]
-    numbers = dict(zip(packets.pts[positions].tolist(), wanted, strict=True))
+    numbers = dict(zip(packets.pts[packets.position[wanted]].tolist(), wanted, strict=True))
     refers = _reference_test(stream)
     demuxer, position = container.demux(stream), 0  # position: of the next packet
-    for begin, end in _runs(packets, positions):
+    for begin, end in runs:
         if position != begin:
             if position:
                 yield from _named(stream.decode(None), numbers)
@@ -232,8 +290,10 @@ def _by_time(
         while position < end:
             tick()
             packet = next(demuxer)
-            if packet.dts is None and not packet.size:
-                raise DisagreementError("it ends before its last wanted frame")
+            if not packet.size:
+                if packet.dts is None:
+                    raise DisagreementError("it ends before its last wanted frame")
+                continue
             if position >= begin and (packet.pts in numbers or refers(packet)):
                 yield from _named(stream.decode(packet), numbers)
             position += 1
@@ -252,7 +312,7 @@ def _runs(packets: Packets, positions: np.ndarray) -> list[tuple[int, int]]:
         before = keys[: np.searchsorted(keys, position, side="right")]
         usable = before[packets.pts[before] <= packets.pts[position]]
         begin = int(usable[-1]) if len(usable) else 0
-        if runs and begin <= runs[-1][1]:
+        if runs and begin < runs[-1][1]:
             runs[-1] = (min(begin, runs[-1][0]), position + 1)
         else:
             runs.append((begin, position + 1))

@@ -4,6 +4,7 @@ Files are untrusted. Only containers that hold their own data are opened, from o
 before memory is taken for one.
 """
 
+import functools
 import io
 import os
 import stat
@@ -104,7 +105,14 @@ class Packets:
 
     @property
     def num_frames(self) -> int:
+        """Frames that are shown."""
         return len(self.seconds)
+
+    @functools.cached_property
+    def position(self) -> np.ndarray:
+        """Where in decoding order the packet of each shown frame lies, in order of presentation, (frames,) int64."""
+        shown = np.flatnonzero(self.shown)
+        return shown[np.argsort(self.pts[shown], kind="stable")]
 
 
 _RECENT = 8  # files whose packets are kept in hand: they are decoded right after they were probed
