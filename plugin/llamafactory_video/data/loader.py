@@ -618,7 +618,10 @@ class RecordEncoder:
             for clip, plan in zip(clips, plans, strict=True):
                 settings = shrink(clip.sampling(self.reader.sampling), plan, stage, step / _SHRINK_STEPS)
                 smaller.append(replace(clip, **settings))
-            return smaller if len(self._encode(row, smaller)[0]) <= self.cutoff_len else None
+            try:
+                return smaller if len(self._encode(row, smaller)[0]) <= self.cutoff_len else None
+            except DatasetError:  # so few pixels that nothing is left of a frame
+                return None
 
         for stage in range(SHRINK_STAGES if clips else 0):
             best = tried(stage, 0)

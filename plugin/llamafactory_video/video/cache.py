@@ -116,11 +116,12 @@ class FrameCache:
             if xxhash.xxh3_64_hexdigest(frames) != header["checksum"]:
                 raise ValueError("checksum")
             frames = frames.reshape(header["shape"])
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
             logger.warning("The frame cache's %s is damaged (%s); the clip is decoded again.", path, error)
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
             return None
         if last_use < time.time() - _TOUCH_SECONDS:
             with contextlib.suppress(OSError):

@@ -9,6 +9,7 @@ trainer uses), `qwen_vl_utils` (the package of that name, 0.0.14) and `llamafact
 """
 
 import bisect
+import functools
 import math
 import operator
 from dataclasses import dataclass, replace
@@ -458,9 +459,13 @@ def shrink(sampling: Sampling, plan: FramePlan, stage: int, share: float) -> dic
     height, width = plan.pre_size if sampling.dialect == "llamafactory" else (plan.height, plan.width)
     frames = len(plan.indices)
     least_frames = min(2 if sampling.nframes else sampling.min_frames, frames)
-    pixels = height * width * (frames if clip_wide else 1)
-    least_pixels = min(sampling.min_pixels or _UTILS_FRAME_TOKENS[0] * sampling.factor**2, pixels)
-    token_pixels = min(least_pixels, sampling.factor**2 * (least_frames if clip_wide else 1))
+    pixels = shown_pixels = height * width * (frames if clip_wide else 1)
+    token_pixels = sampling.factor**2 * (least_frames if clip_wide else 1)
+    if not clip_wide:  # the other dialects round the shorter side down, and need a token of it
+        token_pixels *= 2 + 2 * max(height, width) // min(height, width)
+    token_pixels = min(token_pixels, pixels)
+    least_pixels = sampling.min_pixels or _UTILS_FRAME_TOKENS[0] * sampling.factor**2
+    least_pixels = min(max(least_pixels, token_pixels), pixels)
     if stage == 0:
         pixels = round(least_pixels + share * (pixels - least_pixels))
     elif stage == 1:
@@ -469,9 +474,11 @@ def shrink(sampling: Sampling, plan: FramePlan, stage: int, share: float) -> dic
         pixels, frames = round(token_pixels + share * (least_pixels - token_pixels)), least_frames
     else:
         pixels, frames = token_pixels, max(2, round(2 + share * (least_frames - 2)))
-    settings: dict[str, int | None] = {"max_pixels": pixels}
-    if sampling.min_pixels is None or sampling.min_pixels > pixels:
-        settings["min_pixels"] = min(pixels, least_pixels)
+    settings: dict[str, int | None] = {}
+    if pixels < shown_pixels:
+        settings["max_pixels"] = pixels
+        if sampling.min_pixels is None or sampling.min_pixels > pixels:
+            settings["min_pixels"] = min(pixels, least_pixels)
     if sampling.resized_height is not None:
         settings |= {"resized_height": None, "resized_width": None}
     if sampling.nframes is not None:
@@ -483,16 +490,20 @@ def shrink(sampling: Sampling, plan: FramePlan, stage: int, share: float) -> dic
     return settings
 
 
+@functools.lru_cache
 def most_tokens(sampling: Sampling, pictures: int | None = None) -> int:
     """Tokens that no clip takes more of, whatever it holds: visual ones, and those of the times beside them.
 
     Args:
         pictures: for a list of pictures: how many.
     """
-    frames = sampling.nframes or sampling.max_frames
+    most = sampling.nframes or sampling.max_frames
     if pictures is not None and sampling.dialect == "qwen_vl_utils":
-        frames = pictures
-    frames += frames % 2
+        most = pictures
+    return max(_most_tokens(sampling, frames) for frames in range(1, most + 1 + most % 2))
+
+
+def _most_tokens(sampling: Sampling, frames: int) -> int:
     token = sampling.factor**2
     if sampling.dialect == "qwen_finetune":
         area = sampling.max_pixels / frames
@@ -506,4 +517,4 @@ def most_tokens(sampling: Sampling, pictures: int | None = None) -> int:
         area = max(min(_UTILS_FRAME_TOKENS[1] * token, total / frames * 2), least * 1.05)
     # Sides are rounded up to whole tokens; with sides of 200 : 1 that adds the most.
     area += sampling.factor * math.sqrt(area) * (math.sqrt(200) + math.sqrt(1 / 200)) + token
-    return math.ceil(frames / 2 * (area / token + _TIME_TOKENS))
+    return math.ceil((frames + frames % 2) / 2 * (area / token + _TIME_TOKENS))

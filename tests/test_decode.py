@@ -1,0 +1,598 @@
+"""What `ClipReader.show` shows is what was planned, and what a plain PyAV loop yields, on files drawn here.
+
+Every picture carries its number as black and white blocks, over noise that moves, so a frame taken for another, or
+decoded from wrong references, is seen.
+"""
+
+import itertools
+import logging
+import os
+import resource
+import struct
+import threading
+import time
+import zlib
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+from av.bitstream import BitStreamFilterContext
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from llamafactory_video.data.conversation import Clip
+from llamafactory_video.video import clip as clip_module
+from llamafactory_video.video import decode
+from llamafactory_video.video.clip import ClipReader
+from llamafactory_video.video.decode import resize_frame
+from llamafactory_video.video.probe import ClipError, open_picture, picture_size
+from llamafactory_video.video.sampling import Sampling
+
+os.environ["SVT_LOG"] = "1"
+ROWS, COLUMNS = 3, 4  # blocks of a picture: the bits of its number
+SAMPLING = Sampling("qwen_finetune", fps=4, min_frames=2, max_frames=8, min_pixels=4096, max_pixels=10**8)
+EVERY = {"fps": 1000.0, "max_frames": 1000}  # every frame of a clip
+X265 = {"x265-params": "log-level=none:pools=1"}
+NOISE = np.random.default_rng(0).integers(-20, 21, (64, 64))
+
+
+def picture(number, size=(64, 96)):
+    """A picture of its number, (H, W, 3) uint8."""
+    height, width = size
+    rows, columns = np.arange(height) * ROWS // height, np.arange(width) * COLUMNS // width
+    bits = number >> (rows[:, None] * COLUMNS + columns) & 1
+    noise = np.roll(np.tile(NOISE, (height // 64 + 1, width // 64 + 1)), 3 * number, axis=1)[:height, :width]
+    return np.repeat((40 + 170 * bits + noise)[..., None], 3, axis=2).astype(np.uint8)
+
+
+def number_in(frame):
+    """The number that a picture shows."""
+    height, width = frame.shape[0] // ROWS, frame.shape[1] // COLUMNS
+    middle = [
+        frame[row * height + height // 4 : (row + 1) * height - height // 4, column * width + width // 4 :][
+            :, : width // 2
+        ].mean()
+        for row, column in itertools.product(range(ROWS), range(COLUMNS))
+    ]
+    return sum((value > 125) << place for place, value in enumerate(middle))
+
+
+def write(
+    path,
+    codec="libx264",
+    pix_fmt="yuv420p",
+    options=None,
+    frames=24,
+    first=0,
+    rate=12,
+    size=(64, 96),
+    stamps=None,
+    aspect=None,
+    container_options=None,
+    streams=1,
+    audio=False,
+    change=None,
+):
+    """A video whose pictures show the numbers from `first` on.
+
+    Args:
+        stamps: presentation times in ms, in place of those of the rate.
+        streams: video streams; the second shows numbers from 1000 on.
+        change: of each packet before it is written.
+    """
+    options = {"threads": "1", **(X265 if codec == "libx265" else {}), **(options or {})}
+    if codec == "libx264":
+        options.setdefault("preset", "veryfast")
+    with av.open(str(path), "w", options=container_options or {}) as container:
+        tracks = []
+        for _ in range(streams):
+            track = container.add_stream(codec, rate=rate, options=options)
+            track.height, track.width, track.pix_fmt = *size, pix_fmt
+            if aspect:
+                track.codec_context.sample_aspect_ratio = aspect
+            if stamps is not None:
+                track.codec_context.time_base = Fraction(1, 1000)
+            tracks.append(track)
+        sound = container.add_stream("aac", rate=16000) if audio else None
+        for i in range(frames + 1):
+            for place, track in enumerate(tracks):
+                frame = None
+                if i < frames:
+                    frame = av.VideoFrame.from_ndarray(picture(first + i + 1000 * place, size), format="rgb24")
+                    frame = frame.reformat(format=pix_fmt)
+                    frame.pts, frame.time_base = (i, Fraction(1, rate))
+                    if stamps is not None:
+                        frame.pts, frame.time_base = int(stamps[i]), Fraction(1, 1000)
+                for packet in track.encode(frame):
+                    container.mux(change(packet) if change else packet)
+            if sound is not None:
+                samples = None
+                if i < frames:
+                    samples = av.AudioFrame.from_ndarray(np.zeros((1, 16000 // rate), np.float32), "fltp", "mono")
+                    samples.sample_rate = 16000
+                container.mux(sound.encode(samples))
+    return path
+
+
+def stored_matrix(frame):
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    return None if matrix is None else struct.unpack("<9i", bytes(matrix))
+
+
+def turned(stored, matrix):
+    """A stored picture as a player shows it: pixel (x, y) stands at (a x + c y, b x + d y)."""
+    if matrix is None:
+        return stored
+    a, b, c, d = (np.sign(value) for value in (matrix[0], matrix[1], matrix[3], matrix[4]))
+    y, x = np.indices(stored.shape[:2])
+    across, down = a * x + c * y, b * x + d * y
+    shown = np.zeros((np.ptp(down) + 1, np.ptp(across) + 1, 3), np.uint8)
+    shown[down - down.min(), across - across.min()] = stored
+    return shown
+
+
+def plain(path, tolerant=False):
+    """Pictures, as a player shows them, and times of all frames of the first video stream, by the plainest loop."""
+    pictures, times = [], []
+    with av.open(f"file:{path}", timeout=20) as container:
+        stream = next(
+            one for one in container.streams.video if not one.disposition & av.stream.Disposition.attached_pic
+        )
+        demuxer = container.demux(stream)
+        while True:
+            try:
+                frames = next(demuxer).decode()
+            except StopIteration:
+                return pictures, times
+            except av.FFmpegError:
+                if not tolerant:
+                    raise
+                continue
+            for frame in frames:
+                if not (tolerant and frame.is_corrupt):
+                    pictures.append(turned(frame.to_ndarray(format="rgb24"), stored_matrix(frame)))
+                    times.append(None if frame.pts is None else float(frame.pts * frame.time_base))
+
+
+def check(path, first=0, stamped=True, numbered=True, sampling=SAMPLING, threads=(1, 2), clips=None, loop=None):
+    """Show a clip in several ways and compare it with the plain loop; the last that was shown.
+
+    Args:
+        first: the number of the first picture.
+        stamped: the frames' time stamps are right.
+        numbered: the numbers are read from the pictures too.
+        clips: settings of the clips to be shown; default: some frames, all, and a span.
+    """
+    pictures, times = loop or plain(path)
+    for count, own in itertools.product(threads, clips or ({}, EVERY, {"start": 0.4, "end": 1.1})):
+        if "start" in own and len(pictures) < 12:
+            continue
+        reader = ClipReader(sampling, threads=count)
+        shown = reader.show(Clip(str(path), **own))
+        plan = shown.plan
+        assert plan == reader.plan(Clip(str(path), **own))
+        if own is EVERY:
+            assert sorted(set(plan.indices)) == list(range(len(pictures)))
+        for place, (index, at) in enumerate(zip(plan.indices, plan.times, strict=True)):
+            assert np.array_equal(shown.frames[place], resize_frame(pictures[index], plan)), (path, own, index)
+            if numbered:
+                assert number_in(pictures[index]) == first + index
+            if stamped:
+                origin = times[plan.indices[0] if "start" in own else 0]
+                assert abs(times[index] - origin - at) < 0.003, (own, index)
+                if "start" in own:
+                    assert own["start"] - 0.003 <= times[index] - times[0] < own["end"] + 0.003
+    return shown
+
+
+B_FRAMES = {"bf": "3", "g": "12"}
+FILES = {
+    **{f"h264.{kind}": dict(options=B_FRAMES) for kind in ("mp4", "mov", "mkv", "avi", "ts", "flv")},
+    "no B.mp4": dict(options={"bf": "0", "g": "8"}),
+    "pyramid.mp4": dict(options={"x264-params": "bframes=7:b-pyramid=normal:b-adapt=0:keyint=15:scenecut=0:ref=4"}),
+    "open gop.mp4": dict(options={"x264-params": "open-gop=1:bframes=3:b-adapt=0:keyint=6:scenecut=0"}),
+    "open gop.ts": dict(options={"x264-params": "open-gop=1:bframes=3:b-adapt=0:keyint=6:scenecut=0"}),
+    "refresh.mp4": dict(options={"x264-params": "intra-refresh=1:keyint=6"}),
+    "short gop.mp4": dict(options={"g": "2"}),
+    "intra.mkv": dict(options={"g": "1"}),
+    "hevc.mp4": dict(codec="libx265", options={"bf": "3", "g": "8"}),
+    "hevc.mkv": dict(codec="libx265", options={"bf": "3", "g": "8"}),
+    "hevc.ts": dict(codec="libx265", options={"bf": "3", "g": "8"}),
+    "hevc open.mp4": dict(
+        codec="libx265", options={"x265-params": X265["x265-params"] + ":open-gop=1:keyint=6:min-keyint=6:bframes=3"}
+    ),
+    "hevc closed.mkv": dict(
+        codec="libx265", options={"x265-params": X265["x265-params"] + ":open-gop=0:keyint=6:bframes=3"}
+    ),
+    "vp8.webm": dict(codec="libvpx", options={"deadline": "realtime", "g": "9"}),
+    "vp9.webm": dict(codec="libvpx-vp9", options={"cpu-used": "8", "lag-in-frames": "12", "auto-alt-ref": "1"}),
+    "live.webm": dict(codec="libvpx-vp9", options={"deadline": "realtime", "g": "9"}, container_options={"live": "1"}),
+    "av1.mkv": dict(codec="libsvtav1", options={"preset": "12", "g": "9"}),
+    "av1.mp4": dict(codec="libaom-av1", options={"cpu-used": "8", "usage": "realtime", "g": "9"}),
+    "mpeg4.mp4": dict(codec="mpeg4", options={"bf": "2", "g": "9"}),
+    "mpeg4.avi": dict(codec="mpeg4", options={"bf": "2", "g": "9"}),
+    "mpeg2.ts": dict(codec="mpeg2video", options={"bf": "2", "g": "9"}, rate=25),
+    "mpeg2.mpg": dict(codec="mpeg2video", options={"bf": "2", "g": "9"}, rate=25),
+    "mjpeg.avi": dict(codec="mjpeg", pix_fmt="yuvj420p"),
+    "gif.gif": dict(codec="gif", pix_fmt="rgb8"),
+    "delays.gif": dict(codec="gif", pix_fmt="rgb8", stamps=[50 * i * (1 + i % 3) + 100 * i for i in range(0, 120, 5)]),
+    "prores.mov": dict(codec="prores_ks", pix_fmt="yuv422p10le"),
+    "ffv1.mkv": dict(codec="ffv1"),
+    "wmv.asf": dict(codec="wmv2"),
+    "h263.mov": dict(codec="h263", size=(96, 128)),
+    "h263.flv": dict(codec="flv"),
+    "10 bit.mp4": dict(pix_fmt="yuv420p10le", options=B_FRAMES),
+    "10 bit hevc.mp4": dict(codec="libx265", pix_fmt="yuv420p10le", options={"g": "9"}),
+    "interlaced.mp4": dict(options={"flags": "+ilme+ildct", **B_FRAMES}),
+    "interlaced.ts": dict(codec="mpeg2video", options={"flags": "+ilme+ildct", "bf": "2"}, rate=25),
+    "odd.mp4": dict(pix_fmt="yuv444p", size=(65, 97), options=B_FRAMES),
+    "odd.mkv": dict(codec="libvpx-vp9", pix_fmt="yuv444p", size=(97, 65), options={"cpu-used": "8"}),
+    "one.mp4": dict(frames=1),
+    "one.webm": dict(codec="libvpx", frames=1),
+    "fragments.mp4": dict(options={"g": "6"}, container_options={"movflags": "frag_keyframe+empty_moov"}),
+    "sound.mp4": dict(options=B_FRAMES, audio=True),
+    "sound.ts": dict(options=B_FRAMES, audio=True),
+    "two.mkv": dict(streams=2),
+    "two.mp4": dict(streams=2, options=B_FRAMES),
+    "late.mkv": dict(stamps=[5000 + 1000 * i // 12 for i in range(24)]),
+    "late.mp4": dict(stamps=[5000 + 1000 * i // 12 for i in range(24)]),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_kind_of_file_is_shown_as_the_plain_loop_yields_it(tmp_path, name):
+    made = FILES[name]
+    # AVI has no times of presentation.
+    check(write(tmp_path / name, **made), stamped=not name.endswith(".avi"))
+
+
+def test_hidden_frames_of_vp8_are_not_counted(tmp_path):
+    numbers = itertools.count()
+
+    def hide(packet):
+        data = bytearray(bytes(packet))
+        if next(numbers) in (5, 6, 15):
+            data[0] &= ~0x10  # show_frame
+        changed = av.Packet(bytes(data))
+        changed.pts, changed.dts, changed.time_base = packet.pts, packet.dts, packet.time_base
+        changed.stream, changed.is_keyframe = packet.stream, packet.is_keyframe
+        return changed
+
+    options = {"deadline": "realtime", "g": "9", "lag-in-frames": "0"}
+    path = write(tmp_path / "hidden.webm", "libvpx", options=options, change=hide)
+    shown = check(path, numbered=False, clips=[EVERY])
+    assert len(set(shown.plan.indices)) == 21
+    assert [number_in(frame) for frame in shown.frames[:7]] == [0, 1, 2, 3, 4, 7, 8]
+
+
+def test_a_cover_picture_is_passed_over(tmp_path):
+    cover = write(tmp_path / "cover.avi", "mjpeg", "yuvj420p", frames=1, first=77)
+    with av.open(str(cover)) as container:
+        data = bytes(next(container.demux(video=0)))
+    path = tmp_path / "covered.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=12)
+        stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
+        container.add_attachment("cover.jpg", "image/jpeg", data)
+        for i in range(24):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture(i), format="rgb24")))
+        container.mux(stream.encode())
+    with av.open(str(path)) as container:
+        assert len(container.streams.video) == 2
+    check(path)
+
+
+def test_sound_alone_is_refused_by_name(tmp_path):
+    path = tmp_path / "sound.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), "fltp", "mono")
+        frame.sample_rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    with pytest.raises(ClipError, match=r"sound\.mp4: holds no video stream"):
+        ClipReader(SAMPLING).plan(str(path))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_packets_left_out_key_frames_jumped_to_and_parallel_runs_change_nothing(tmp_path, data):
+    draw = lambda strategy: data.draw(strategy)  # noqa: E731
+    codec = draw(st.sampled_from(["libx264", "libx264", "libx264", "libx265", "mpeg4", "mpeg2video"]))
+    suffix = draw(st.sampled_from(["mp4", "mkv", "ts"] if codec != "mpeg2video" else ["mkv", "ts"]))
+    gop, bframes, frames = draw(st.integers(1, 20)), draw(st.integers(0, 5)), draw(st.integers(1, 60))
+    options = {"g": str(gop), "bf": str(bframes)}
+    if codec == "libx264":
+        extra = draw(
+            st.sampled_from(["open-gop=0", "open-gop=1", "b-pyramid=normal:ref=4", "b-pyramid=none", "aud=1"])
+        )
+        options["x264-params"] = f"b-adapt=0:{extra}"
+    elif codec == "libx265":
+        extra = draw(st.sampled_from(["open-gop=0", "open-gop=1", "b-pyramid=1:temporal-layers=3", "b-pyramid=0"]))
+        options["x265-params"] = f"{X265['x265-params']}:b-adapt=0:{extra}:keyint={gop}:min-keyint={gop}"
+    path = write(tmp_path / f"{codec}.{suffix}", codec, options=options, frames=frames, rate=25)
+    loop = plain(path)
+    assert len(loop[0]) == frames
+    for _ in range(3):
+        own = {"fps": draw(st.floats(0.3, 30))}
+        if frames > 1 and draw(st.booleans()):
+            begin = draw(st.integers(0, frames - 2))
+            own |= {"start": begin / 25 - 0.01, "end": draw(st.integers(begin + 1, frames)) / 25 - 0.01}
+        own["max_frames"] = draw(st.integers(1, 40))
+        own["min_frames"] = draw(st.integers(1, own["max_frames"]))
+        check(path, threads=(1, 2, 3), clips=[own], loop=loop)
+
+
+class Spy:
+    """Stands before a container or a stream and counts what is asked of it."""
+
+    def __init__(self, real, counts):
+        self.__dict__.update(real=real, counts=counts)
+
+    def __getattr__(self, name):
+        return getattr(self.real, name)
+
+    def __setattr__(self, name, value):
+        setattr(self.real, name, value)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.real.close()
+
+    def demux(self, stream):
+        for packet in self.real.demux(getattr(stream, "real", stream)):
+            self.counts["read"] += 1
+            yield packet
+
+    def seek(self, stamp, stream):
+        self.counts["seeks"] += 1
+        self.real.seek(stamp, stream=stream.real)
+
+    def decode(self, packet):
+        self.counts["packets"] += packet is not None
+        frames = self.real.decode(packet)
+        self.counts["frames"] += len(frames)
+        return frames
+
+
+@pytest.fixture
+def counts(monkeypatch):
+    """How much is read and decoded."""
+    found = {"read": 0, "seeks": 0, "packets": 0, "frames": 0}
+    real_open, real_stream = decode.open_container, decode.video_stream
+    monkeypatch.setattr(decode, "open_container", lambda *a, **k: Spy(real_open(*a, **k), found))
+    monkeypatch.setattr(decode, "video_stream", lambda container: Spy(real_stream(container.real), found))
+    monkeypatch.setattr(
+        decode, "packets_of", lambda source, container, stream: real_packets(source, container, stream)
+    )
+    real_packets = lambda source, container, stream: decode_packets(source, container.real, stream.real)  # noqa: E731
+    from llamafactory_video.video.probe import packets_of as decode_packets
+
+    return found
+
+
+@pytest.mark.parametrize(
+    "name, made",
+    [
+        ("h264.mp4", dict(options={"x264-params": "bframes=3:b-pyramid=none:b-adapt=0:keyint=250"})),
+        ("hevc.mp4", dict(codec="libx265", options={"bf": "3"})),
+        ("mpeg4.mp4", dict(codec="mpeg4", options={"bf": "2", "g": "100"})),
+        ("mpeg2.ts", dict(codec="mpeg2video", options={"bf": "2", "g": "100"}, rate=25)),
+    ],
+)
+def test_packets_of_no_use_are_left_out(tmp_path, counts, name, made):
+    path = write(tmp_path / name, frames=60, **made)
+    check(path, threads=(1,), clips=[{"max_frames": 4}])
+    assert 4 <= counts["frames"] <= counts["packets"] < 45
+
+
+@pytest.mark.parametrize("name", ["long.mp4", "long.mkv", "long.ts"])
+def test_key_frames_are_jumped_to(tmp_path, counts, name):
+    path = write(tmp_path / name, options={"g": "12", "preset": "ultrafast"}, frames=1000, rate=25)
+    check(path, threads=(1,), clips=[{"max_frames": 5}])
+    assert counts["seeks"] >= 3
+    assert counts["packets"] < 0.1 * 1000
+    assert counts["read"] < 0.3 * 1000
+
+
+def box(data, *kinds):
+    """Where the content of the first box of these nested kinds begins in an MP4 file."""
+    at = 0
+    for kind in kinds:
+        at = data.index(kind, at) + 4
+    return at
+
+
+def replaced(path, at, new):
+    data = bytearray(path.read_bytes())
+    data[at : at + len(new)] = new
+    path.write_bytes(data)
+    return path
+
+
+MATRICES = [
+    matrix for matrix in itertools.product((-1, 0, 1), repeat=4) if abs(np.linalg.det(np.reshape(matrix, (2, 2)))) == 1
+]
+MATRICES = [matrix for matrix in MATRICES if matrix[0] * matrix[1] == 0 and matrix[2] * matrix[3] == 0]
+
+
+@pytest.mark.parametrize("matrix", MATRICES, ids=str)
+def test_turned_clips_stand_as_a_player_shows_them(tmp_path, caplog, matrix):
+    path = write(tmp_path / "turned.mp4", options=B_FRAMES)
+    a, b, c, d = (value << 16 for value in matrix)
+    rows = (a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    replaced(path, box(path.read_bytes(), b"moov", b"trak", b"tkhd") + 40, struct.pack(">9i", *rows))
+    with av.open(str(path)) as container:
+        stored = next(container.decode(video=0))
+    assert (matrix == (1, 0, 0, 1)) == (stored_matrix(stored) is None)
+    assert stored_matrix(stored) in (None, rows)
+    shown = check(path, numbered=False)
+    assert shown.frames.shape[1:3] == ((96, 64) if matrix[0] == 0 else (64, 96))
+    # Turned back, the pictures show their numbers.
+    back = [turned(frame, (matrix[0], matrix[2], 0, matrix[1], matrix[3])) for frame in shown.frames]
+    assert [number_in(frame) for frame in back] == list(shown.plan.indices)
+    if matrix == (0, 1, -1, 0):  # a telephone's portrait: a quarter turn clockwise
+        assert stored.rotation == -90
+        assert np.array_equal(back[0], np.rot90(shown.frames[0]))
+    assert not caplog.records
+
+
+def test_an_orientation_inside_the_stream_is_found(tmp_path):
+    plain_file = write(tmp_path / "plain.mp4")
+    path = tmp_path / "inside.mp4"
+    with av.open(str(plain_file)) as source, av.open(str(path), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        bits = BitStreamFilterContext("h264_metadata=rotate=90", source.streams.video[0])
+        for packet in itertools.chain(*(bits.filter(packet) for packet in source.demux(video=0) if packet.size)):
+            packet.stream = stream
+            target.mux(packet)
+    assert stored_matrix(next(av.open(str(path)).decode(video=0)))
+    reader = ClipReader(SAMPLING)
+    shown = reader.show(str(path))
+    pictures, _ = plain(path)
+    assert shown.frames.shape[1:3] == (96, 64)
+    assert all(np.array_equal(frame, pictures[i]) for frame, i in zip(shown.frames, shown.plan.indices, strict=True))
+    assert reader.plan(str(path)) == shown.plan
+
+
+@pytest.mark.parametrize("name", ["wide.mp4", "wide.mkv", "wide.avi", "wide.ts"])
+def test_pixels_that_are_not_square_are_evened_out(tmp_path, name):
+    shown = check(write(tmp_path / name, "mpeg4", aspect=Fraction(2, 1)), numbered=False, stamped=False)
+    assert shown.frames.shape[1:3] == (64, 192)
+    shown = check(write(tmp_path / f"tall {name}", "mpeg4", aspect=Fraction(1, 2)), numbered=False, stamped=False)
+    assert shown.frames.shape[1:3] == (64, 64)  # 48 pixels wide, in whole tokens
+
+
+RANDOM_GAPS = np.cumsum(np.random.default_rng(1).integers(20, 400, 24))
+VARIABLE = {
+    "gaps.mp4": dict(stamps=RANDOM_GAPS, options=B_FRAMES),
+    "gaps.mkv": dict(stamps=RANDOM_GAPS, options=B_FRAMES),
+    "hevc.mp4": dict(stamps=RANDOM_GAPS, codec="libx265"),
+    "dropped.mp4": dict(stamps=[40 * i for i in range(48) if i % 7 and i not in range(20, 37)][:24]),
+    "vp9.webm": dict(stamps=RANDOM_GAPS + 700, codec="libvpx-vp9", options={"deadline": "realtime"}),
+}
+
+
+@pytest.mark.parametrize("name", VARIABLE)
+def test_frames_of_a_variable_rate_are_the_nearest_ones_at_their_true_times(tmp_path, name):
+    path = write(tmp_path / name, **VARIABLE[name])
+    stamps = np.array(VARIABLE[name]["stamps"]) / 1000
+    n = len(stamps)
+    path_loop = plain(path)
+    assert np.allclose(np.array(path_loop[1]) - path_loop[1][0], stamps - stamps[0], atol=0.002)
+    check(path, loop=path_loop)
+    plan = ClipReader(SAMPLING).plan(Clip(str(path), fps=1000.0, max_frames=6))
+    wanted = np.linspace(stamps[0], stamps[-1], 6)
+    assert list(plan.indices) == [int(np.abs(stamps - at).argmin()) for at in wanted]
+    plan = ClipReader(SAMPLING.override(timestamps="index")).plan(Clip(str(path), fps=1000.0, max_frames=6))
+    with av.open(str(path)) as container:
+        header = container.streams.video[0].average_rate
+    assert list(plan.indices) == np.linspace(0, n - 1, 6).round().astype(int).tolist()
+    assert plan.times == tuple(index / float(header) for index in plan.indices)
+
+
+@pytest.mark.parametrize(
+    "name", ["h264.mp4", "h264.mkv", "vp8.webm", "hevc.ts", "mjpeg.avi", "fragments.mp4", "late.mp4"]
+)
+@pytest.mark.parametrize("own", [{}, EVERY, {"start": 0.5, "end": 1.5}], ids=["some", "every", "span"])
+def test_at_a_constant_rate_both_kinds_of_times_are_alike(tmp_path, name, own):
+    path = write(tmp_path / name, **FILES[name])
+    plans = [ClipReader(SAMPLING.override(timestamps=kind)).plan(Clip(str(path), **own)) for kind in ("pts", "index")]
+    assert plans[0] == plans[1]
+
+
+@pytest.mark.parametrize("cut", [3, 5, 12, 17])
+def test_what_an_edit_list_cuts_off_is_not_shown(tmp_path, cut):
+    path = write(tmp_path / "cut.mp4", options=B_FRAMES)
+    data = path.read_bytes()
+    at = box(data, b"moov", b"edts", b"elst") + 12
+    (begin,) = struct.unpack_from(">i", data, at)
+    replaced(path, at, struct.pack(">i", begin + cut * 1024))  # 12288 units a second
+    shown = check(path, first=cut, clips=[{}, EVERY], threads=(1, 2, 3))
+    assert max(shown.plan.indices) == 23 - cut
+
+
+def check_damaged(path, caplog, threads=2):
+    """Whatever is shown is a frame that the tolerant plain loop yields at that time; else an error names the file."""
+    caplog.clear()
+    pictures, times = plain_or_nothing(path)
+    reader = ClipReader(SAMPLING, timeout=20, threads=threads)
+    for own in (EVERY, {}):
+        try:
+            shown = reader.show(Clip(str(path), **own))
+        except ClipError as error:
+            assert str(path) in str(error)
+            return "refused"
+        origin = None
+        for place, at in enumerate(shown.plan.times):
+            alike = [i for i, one in enumerate(pictures) if np.array_equal(one, shown.frames[place])]
+            assert alike, f"frame {shown.plan.indices[place]} is none of the file's"
+            origin = times[alike[0]] if origin is None else origin
+            assert any(abs(times[i] - origin - (at - shown.plan.times[0])) < 0.01 for i in alike)
+    return "shown"
+
+
+def plain_or_nothing(path):
+    try:
+        return plain(path, tolerant=True)
+    except (av.FFmpegError, StopIteration):
+        return [], []
+
+
+DAMAGED = {
+    "h264.mp4": dict(options={"g": "6", "bf": "2"}, container_options={"movflags": "faststart"}),
+    "fragments.mp4": dict(options={"g": "6"}, container_options={"movflags": "frag_keyframe+empty_moov"}),
+    "h264.ts": dict(options={"g": "6", "bf": "2"}),
+    "hevc.mkv": dict(codec="libx265", options={"g": "6"}),
+    "vp8.webm": dict(codec="libvpx", options={"deadline": "realtime", "g": "6"}),
+    "mpeg4.avi": dict(codec="mpeg4", options={"g": "6"}),
+}
+
+
+@pytest.mark.parametrize("name", ["h264.mp4", "fragments.mp4", "h264.ts", "vp8.webm", "mpeg4.avi"])
+def test_files_cut_short_show_what_is_left(tmp_path, caplog, name):
+    data = write(tmp_path / "whole", container_options={}, **{}) if False else None
+    path = write(tmp_path / name, **DAMAGED[name])
+    data = path.read_bytes()
+    whole = len(plain(path)[0])
+    outcomes = []
+    for share in (0.02, 0.2, 0.5, 0.7, 0.9, 0.99):
+        path.write_bytes(data[: int(len(data) * share)])
+        outcomes.append(check_damaged(path, caplog))
+        left = len(plain_or_nothing(path)[0])
+        if outcomes[-1] == "shown" and left < whole and "mp4" in name and name != "fragments.mp4":
+            assert any(
+                str(path) in record.getMessage() and "frames" in record.getMessage() for record in caplog.records
+            )
+    assert "refused" in outcomes[:1]
+    assert outcomes[-1] == "shown"
+
+
+def test_an_mp4_without_its_index_is_named(tmp_path):
+    path = write(tmp_path / "headless.mp4")
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(ClipError, match=r"headless\.mp4: "):
+        ClipReader(SAMPLING).show(str(path))
+
+
+def test_fewer_frames_than_min_frames_are_refused(tmp_path):
+    path = write(tmp_path / "short.mp4", **DAMAGED["h264.mp4"])
+    path.write_bytes(path.read_bytes()[:-4000])
+    with pytest.raises(ClipError, match=r"short\.mp4: .*fewer than video_min_frames, 24; replace it"):
+        ClipReader(SAMPLING.override(min_frames=24, max_frames=24)).show(str(path))
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damage_anywhere_never_shows_a_wrong_frame(tmp_path, caplog, name):
+    path = write(tmp_path / name, **DAMAGED[name])
+    data = path.read_bytes()
+    for seed in range(8):
+        random = np.random.default_rng(seed)
+        damaged = bytearray(data)
+        for _ in range(random.integers(1, 4)):
+            at = int(random.integers(0 if seed % 2 else len(data) // 3, len(data) - 64))
+            damaged[at : at + 64] = random.bytes(int(random.integers(1, 64)))[:64].ljust(64, b"\0")
+        path.write_bytes(damaged)
+        check_damaged(path, caplog, threads=1 + seed % 3)
