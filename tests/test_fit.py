@@ -87,7 +87,7 @@ def test_shrinking_follows_its_rule(info, sampling, stage, share):
     if stage < 2:
         assert given_.get("min_pixels", 0) <= (sampling.min_pixels or math.inf)
     assert len(last.indices) == min(2, info.num_frames + info.num_frames % 2)
-    assert last.num_tokens <= max(plan.num_tokens, 200)  # rounding can add to what is a few tokens anyway
+    assert last.num_tokens <= max(plan.num_tokens, 500)  # rounding can add to what is a few tokens anyway
 
 
 @pytest.fixture

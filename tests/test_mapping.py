@@ -246,7 +246,7 @@ def test_the_official_command_is_the_recipe():
     recipe = yaml.safe_load((ROOT / "recipes" / "wzry_full.yaml").read_text(encoding="utf-8"))
     result = convert(OFFICIAL)["result"]
     assert result == {key: recipe[key] for key in result}
-    assert recipe.keys() - result.keys() == {"dataset_dir", "media_dir", "plot_loss"}
+    assert recipe.keys() - result.keys() == {"dataset_dir", "media_dir", "plot_loss", "video_cache", "video_fit"}
     assert list(result)[:3] == ["model_name_or_path", "template", "dataset"]
     # What is printed is read back as it is.
     assert yaml.safe_load(mapping.result_text(convert(OFFICIAL))) == result

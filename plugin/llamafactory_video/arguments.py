@@ -74,7 +74,7 @@ class VideoModelKeys:
         metadata={"help": "The most that they may take, in GiB; half of the disk's free space if not given."},
     )
     video_timeout: float = field(
-        default=120.0, metadata={"help": "Seconds after which reading a clip is given up, with an error naming it."}
+        default=300.0, metadata={"help": "Seconds after which reading a clip is given up, with an error naming it."}
     )
     image_min_pixels: int | None = field(default=None, metadata={"help": "The least number of pixels of an image."})
     image_max_pixels: int | None = field(default=None, metadata={"help": "The greatest number of pixels of an image."})

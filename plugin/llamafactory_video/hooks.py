@@ -117,8 +117,14 @@ def _check_keys_fit_template(model_args: Any, data_args: Any) -> None:
                 f"video templates work with `infer_backend: huggingface`"
             )
         return
-    given = "video_min_frames" if model_args.video_min_frames is not None else None
-    given = "video_sampling" if model_args.video_sampling != "llamafactory" else given
+    ours = {
+        "video_sampling": model_args.video_sampling != "llamafactory",
+        "video_timestamps": model_args.video_timestamps != "pts",
+        "video_min_frames": model_args.video_min_frames is not None,
+        "video_total_pixels": model_args.video_total_pixels is not None,
+        "video_fit": data_args.video_fit != "error",
+    }
+    given = next((name for name, set_ in ours.items() if set_), None)
     if given:
         raise ValueError(f"{given} works with `template: {TEMPLATE}`; found template {data_args.template}")
 

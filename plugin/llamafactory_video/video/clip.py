@@ -74,7 +74,7 @@ class ClipReader:
         self,
         sampling: Sampling,
         cache: FrameCache | None = None,
-        timeout: float | None = 120.0,
+        timeout: float | None = 300.0,
         threads: int | None = None,
     ) -> None:
         self.sampling, self.cache, self.timeout, self.threads = sampling, cache, timeout, threads
