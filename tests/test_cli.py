@@ -146,6 +146,47 @@ def test_chat_about_a_clip(home, trained):
     assert "[error: a <video> without its end; write <video>path</video>]" in answers[4]
 
 
+def test_long_records_stop_training_or_shrink(home):
+    file, out = recipe(home, "long", cutoff_len=90, video_max_pixels=262144, video_min_pixels=131072, max_steps=2)
+    result = run("llamafactory-cli", "train", file)
+    assert result.returncode != 0
+    assert "3 of 8 records cannot be shown whole" in result.stderr
+    assert "mixed.json, record 2 (line 1): " in result.stderr and "or set " in result.stderr
+    assert not list(out.glob("*.safetensors"))
+    result = run("llamafactory-cli", "train", file, "video_fit=shrink")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "clips of 3 of 8 records are made smaller to fit the cutoff" in result.stdout + result.stderr
+    assert len((out / "shrunk_records_training.txt").read_text(encoding="utf-8").splitlines()) == 3
+    checked = run("lmf-video", "check", file, "video_fit=shrink")
+    assert checked.returncode == 0 and "records whose clips are made smaller to fit: 3" in checked.stdout
+
+
+def test_the_cache_is_built_once_and_used_by_training(home):
+    folder = home / "frames 帧"
+    file, _ = recipe(home, "cached", video_cache_dir=str(folder), max_steps=2)
+    result = run("lmf-video", "cache", "build", file, "--jobs", "2")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "3 clips decoded, 0 were there already, 0 records with a clip that cannot be shown" in result.stdout
+    assert "Decoding mixed: 100%" in result.stderr
+    (first, *_) = entries = sorted(folder.glob("frames/*/*"))
+    assert len(entries) == 3
+    first.unlink()  # as if the last call had been stopped
+    result = run("lmf-video", "cache", "build", file)
+    assert "1 clips decoded, 2 were there already" in result.stdout
+
+    result = run("llamafactory-cli", "train", file)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert f"Frame cache: {folder}, 3 clips in 0.00 GiB, may grow to" in result.stdout + result.stderr
+    assert sorted(folder.glob("frames/*/*")) == entries
+    result = run("lmf-video", "cache", "info", file)
+    assert f"{folder} holds 3 clips in 0.00 GiB, and what is known of 3 files" in result.stdout
+    assert "removed 3 clips" in run("lmf-video", "cache", "clear", file).stdout
+    assert "holds 0 clips" in run("lmf-video", "cache", "info", file).stdout
+    assert "cache build needs a recipe" in run("lmf-video", "cache", "build").stderr
+    assert "video_cache is false" in run("lmf-video", "cache", "build", file, "video_cache=false").stderr
+    assert "video_cache_gb is 0" in run("lmf-video", "cache", "build", file, "video_cache_gb=0").stderr
+
+
 def test_check_tells_what_training_would_see(home):
     file, _ = recipe(home, "check")
     result = run("lmf-video", "check", file)

@@ -14,6 +14,7 @@ import re
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
 
 FOLDER = SHARED / "videos"
 TOLERANCE = 0  # mean absolute difference between a shown frame and the file's, in levels of 0..255
-TICK = 0.002  # containers round times, the coarsest of these clips' to milliseconds (seconds)
+TICK = Fraction(2, 1000)  # containers round times, the coarsest of these clips' to milliseconds (seconds)
 THUMB = 16  # side of the small pictures in which ways to turn a frame are compared
 FORMS = list(itertools.product(range(4), (False, True)))  # quarter turns, and whether mirrored before; first: upright
 
@@ -113,14 +114,14 @@ class Held:
     """All frames of a file: upright thumbnails, times from the first, and frames by size.
 
     Attributes:
-        seconds: presentation times as the file has them, (n,).
+        seconds: presentation times as the file has them, exactly, (n,).
         height, width: as a player shows it, with the pixel aspect.
         degrees: quarter turns to the left that stand it upright, as ffprobe counts them.
         thumbs: (n, THUMB, THUMB, 3) float32.
         resized: by recipe, (n, H, W, 3) uint8 each.
     """
 
-    seconds: list[float]
+    seconds: list[Fraction]
     height: int
     width: int
     degrees: int
@@ -129,14 +130,18 @@ class Held:
 
     @property
     def times(self) -> list[float]:
-        return [second - self.seconds[0] for second in self.seconds]
+        return [float(second - self.seconds[0]) for second in self.seconds]
 
     @property
-    def rate(self) -> float:
-        return (len(self.seconds) - 1) / self.times[-1] if len(self.seconds) > 1 else 1.0
+    def length(self) -> set[Fraction]:
+        """Seconds until after the last frame; the least and the most where the container's ticks leave it open."""
+        n = len(self.seconds)
+        length = (self.seconds[-1] - self.seconds[0]) * Fraction(n, n - 1) if n > 1 else Fraction(1)
+        constant = len({b - a for a, b in itertools.pairwise(self.seconds)}) == 1
+        return {length} if constant else {length - TICK, length, length + TICK}
 
 
-def decode_plainly(path: Path) -> Iterator[tuple[av.VideoFrame, float, av.VideoStream]]:
+def decode_plainly(path: Path) -> Iterator[tuple[av.VideoFrame, Fraction, av.VideoStream]]:
     """Each frame of the first video stream that is whole, with its time in seconds."""
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
@@ -149,7 +154,7 @@ def decode_plainly(path: Path) -> Iterator[tuple[av.VideoFrame, float, av.VideoS
             for frame in frames:
                 if not frame.is_corrupt:
                     stamp = frame.dts if frame.pts is None else frame.pts
-                    yield frame, float(stamp * stream.time_base), stream
+                    yield frame, stamp * stream.time_base, stream
 
 
 def rotation(frame: av.VideoFrame) -> int:
@@ -166,7 +171,7 @@ def resized(frame: np.ndarray, dialect: str, size: tuple[int, int], before: tupl
     """A frame (H, W, 3) uint8 at its size, as the dialect's reference computes it."""
     if dialect == "llamafactory":
         frame = np.asarray(Image.fromarray(frame).resize(before[::-1], Image.Resampling.BICUBIC))
-    planes = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)
+    planes = torch.from_numpy(np.require(frame, requirements="CW")).permute(2, 0, 1)
     resize = float_transforms.resize if dialect == "qwen_vl_utils" else transforms.resize
     return resize(planes, list(size), InterpolationMode.BICUBIC, antialias=True).permute(1, 2, 0).numpy()
 
@@ -215,9 +220,9 @@ class Rule:
     processor_pixels: tuple[int, int]
 
     def counts(self, held: Held) -> set[int]:
-        """How many frames are to be sampled; two where the container's rounding of times leaves it open."""
+        """How many frames are to be sampled; more than one where the length is open."""
         n, found = len(held.seconds), set()
-        for seconds in (n / held.rate - TICK, n / held.rate + TICK):
+        for seconds in held.length:
             frames = seconds * COMMON["video_fps"]
             if self.dialect == "qwen_finetune":
                 found.add(min(max(int(frames), 16), 32, n))
@@ -293,30 +298,34 @@ def check_pixels(shown: Shown, held: Held, rule: Rule) -> None:
     assert far <= TOLERANCE, f"pixels: {far:.3f} levels off the nearest frame of the file"
 
 
-def chosen(shown: Shown, held: Held, rule: Rule) -> list[int]:
-    """The numbers of the frames shown; of frames that are alike, the one that is right in that place, if any."""
-    count = len(shown.frames)
-    counts = [c for c in rule.counts(held) if c + c % 2 == count] or [count]
-    right = rule.wanted(held, counts[0])
-    return [min(same & good or same) for (same, _), good in zip(matches(shown, held, rule), right, strict=True)]
+def chosen(shown: Shown, held: Held, rule: Rule) -> tuple[list[int], list[set[int]]]:
+    """The numbers of the frames shown, and those that are right; of frames that are alike, one that is right is taken."""
+    alike = [same for same, _ in matches(shown, held, rule)]
+    best = [], []
+    for count in rule.counts(held):
+        right = rule.wanted(held, count)
+        if len(right) == len(alike):
+            numbers = [min(same & good or same) for same, good in zip(alike, right, strict=True)]
+            if not best[0] or all(number in good for number, good in zip(numbers, right, strict=True)):
+                best = numbers, right
+    return best if best[0] else ([min(same) for same in alike], rule.wanted(held, len(alike)))
 
 
 def check_spread(shown: Shown, held: Held, rule: Rule) -> None:
     """2: frames in order of time, each the nearest to its wanted time between the first and the last."""
-    count, numbers = len(shown.frames), chosen(shown, held, rule)
+    numbers, right = chosen(shown, held, rule)
     assert numbers == sorted(numbers), f"spread: frames are not in order, {numbers}"
-    counts = [c for c in rule.counts(held) if c + c % 2 == count] or [count]
-    for place, (number, right) in enumerate(zip(numbers, rule.wanted(held, counts[0]), strict=True)):
-        assert number in right, f"spread: frame {number} in place {place}, not {sorted(right)}"
+    for place, (number, good) in enumerate(zip(numbers, right, strict=True)):
+        assert number in good, f"spread: frame {number} in place {place}, not {sorted(good)}"
 
 
 def check_times(shown: Shown, held: Held, rule: Rule) -> None:
     """3: each time in the prompt is the mean of its two frames' real times, as far as it is printed."""
-    numbers, times = chosen(shown, held, rule), held.times
+    numbers, times = chosen(shown, held, rule)[0], held.times
     real = [(times[a] + times[b]) / 2 for a, b in zip(numbers[::2], numbers[1::2], strict=True)]
     assert len(real) == len(shown.times), f"times: {len(shown.times)} for {len(real)} pairs of frames"
     off = max(abs(float(said) - time) for said, time in zip(shown.times, real, strict=True))
-    assert off <= 0.05 + TICK, f"times: {off:.2f} s off"
+    assert off <= 0.05 + float(TICK), f"times: {off:.2f} s off"
     assert all(re.fullmatch(r"\d+\.\d", time) for time in shown.times), f"times: printed as {shown.times}"
 
 
@@ -475,9 +484,9 @@ def _check_facts(held: Held, facts: dict[str, Any], damaged: bool) -> None:
     counts = facts["decoded_frames_ffmpeg5"], facts["decoded_frames_pyav16"]
     assert len(held.seconds) in (range(min(counts), max(counts) + 1) if damaged else counts)
     assert (held.degrees - facts["rotation"]) % 360 == 0
-    assert held.seconds[0] == pytest.approx(facts["pyav_first_pts"], abs=TICK)
+    assert float(held.seconds[0]) == pytest.approx(facts["pyav_first_pts"], abs=0.002)
     if not damaged:
-        assert held.seconds[-1] == pytest.approx(facts["pyav_last_pts"], abs=TICK)
+        assert float(held.seconds[-1]) == pytest.approx(facts["pyav_last_pts"], abs=0.002)
 
 
 @pytest.mark.skipif(not FACTS, reason="the real clips (../shared/videos) are not present")

@@ -24,9 +24,9 @@ from .sampling import ClipInfo
 # The greatest frame or picture that is decoded, in pixels: twice what 8K has.
 MAX_FRAME_PIXELS = 1 << 26
 # Containers that hold their data themselves. Playlists and image sequences, which name other files, are not here.
-_CONTAINERS = (
-    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,gif,asf,ogg,h264,hevc,m4v,ivf,mxf,av1,obu"
-)
+_CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,mpegvideo,gif,asf,h264,hevc,m4v,ivf,mxf,av1,obu"
+# In these, streams may turn up after the header. PyAV 16 crashes if it is given options for their decoders (its #2010).
+_LATE_CONTAINERS = "avi,mpegts,mpeg,flv,ogg"
 _PICTURES = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM")
 # Times are those of a constant rate if none is further off than its container's rounding, at most this (seconds).
 _ROUNDING = 0.002
@@ -92,7 +92,7 @@ class Packets:
         keys: at which decoding can begin, (n,) bool.
         shown: whose frames are shown, (n,) bool.
         seconds: presentation times of the frames that are shown, sorted, (frames,) float64.
-        in_order: time stamps are missing or not unique, so frames are told apart by their order alone.
+        in_order: time stamps are missing, wrong or not unique, so frames are told apart by their order alone.
         lost: why some packets are missing, or "".
     """
 
@@ -144,14 +144,22 @@ def open_container(
         packets_only: nothing is to be decoded. Otherwise FFmpeg decodes some frames while it opens, to learn how far
             frames are out of order, which takes ten times as long.
     """
-    options = {"format_whitelist": _CONTAINERS, "max_pixels": str(MAX_FRAME_PIXELS)}
-    if packets_only:
-        options["skip_frame"] = "all"
-    if isinstance(source, str):
+    decoding = {"max_pixels": str(MAX_FRAME_PIXELS)} | ({"skip_frame": "all"} if packets_only else {})
+    reading = {"protocol_whitelist": "file" if isinstance(source, str) else "none"}
+    late = reading | ({"codec_whitelist": "none"} if packets_only else {})
+
+    def attempt(formats: str, options: dict[str, str], container_options: dict[str, str]) -> Any:
+        if not isinstance(source, str):
+            source.seek(0)
         # With `file:` a name such as concat:a|b or http://… is that of a file as well.
-        return av.open(f"file:{source}", options={**options, "protocol_whitelist": "file"}, timeout=timeout)
-    source.seek(0)
-    return av.open(source, options={**options, "protocol_whitelist": "none"}, timeout=timeout)
+        name = f"file:{source}" if isinstance(source, str) else source
+        container_options = {**container_options, "format_whitelist": formats}
+        return av.open(name, options=options, container_options=container_options, timeout=timeout)
+
+    try:
+        return attempt(_CONTAINERS, decoding, reading)
+    except av.ArgumentError:  # a container that is not among them
+        return attempt(_LATE_CONTAINERS, {}, late)
 
 
 def video_stream(container: av.container.InputContainer) -> av.VideoStream:
@@ -200,7 +208,9 @@ def _scan(container: av.container.InputContainer, stream: av.VideoStream) -> Pac
         seconds = np.arange(len(stamps)) / float(stream.average_rate or stream.guessed_rate or 1)
     else:
         seconds = np.sort(np.array(stamps, np.int64)) * float(stream.time_base)
-    in_order = None in pts or len(set(visible)) < len(visible)
+    # AVI has no times of presentation; FFmpeg makes them up, for these codecs in the wrong order.
+    invented = container.format.name == "avi" and stream.codec_context.name in ("h264", "hevc")
+    in_order = None in pts or len(set(visible)) < len(visible) or invented
     array = np.array([0 if stamp is None else stamp for stamp in pts], np.int64)
     return Packets(array, np.array(keys), np.array(shown), seconds, in_order, lost)
 
