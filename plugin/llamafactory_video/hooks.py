@@ -411,6 +411,14 @@ def _data_mm_plugin(mm_plugin: ModuleType) -> None:
 
             self._validate_input(processor, images, videos, audios)
             inputs = vision_inputs(images, videos, processor, _clip_reader(processor))
+            told = sum(list(ids).count(processor.video_token_id) for ids in batch_ids)
+            merged = processor.video_processor.merge_size**2
+            shown = int(inputs["video_grid_thw"].prod(1).sum()) // merged if videos else 0
+            if told != shown:  # planned ahead, by neat_packing, of a file that decoding then found damaged or replaced
+                raise ValueError(
+                    f"the prompts tell of {told} tokens of clips and {shown} are shown, of {', '.join(map(str, videos))}; "
+                    "decode all clips with `lmf-video cache build` first"
+                )
             types = [token_type_ids(torch.tensor(ids), processor).tolist() for ids in batch_ids]
             return {**inputs, "mm_token_type_ids": types}
 

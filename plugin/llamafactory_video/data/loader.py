@@ -551,8 +551,9 @@ class RecordEncoder:
                 raise DatasetError(f"{said}{least}; raise cutoff_len to {len(ids)}, or shorten its text")
             if not self.shrink:
                 raise DatasetError(f"{said}; raise cutoff_len to {len(ids)}, or set {_differences(clips, smaller)}")
-            change = f"{said}: {_differences(clips, smaller)}"
-            clips, (ids, labels, plans) = smaller, self._encode(row, smaller)
+            ids, labels, plans = self._encode(row, smaller)
+            change = f"{said}: now {len(ids)}, with {_differences(clips, smaller)}"
+            clips = smaller
         if not self.generation and self.train_on_prompt:
             pads = (self.processor.image_token_id, self.processor.video_token_id)
             labels = [IGNORE_INDEX if token in pads else token for token in ids]

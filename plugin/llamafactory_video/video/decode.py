@@ -251,8 +251,10 @@ def _by_order(
                 raise
             frames = []
         for frame in frames:
-            if tolerant and frame.is_corrupt:
-                continue
+            if frame.is_corrupt:
+                if tolerant:
+                    continue
+                raise DisagreementError(f"frame {number} is damaged")
             yield number, frame
             number += 1
 
@@ -312,10 +314,9 @@ def _runs(packets: Packets, positions: np.ndarray) -> list[tuple[int, int]]:
         before = keys[: np.searchsorted(keys, position, side="right")]
         usable = before[packets.pts[before] <= packets.pts[position]]
         begin = int(usable[-1]) if len(usable) else 0
-        if runs and begin < runs[-1][1]:
-            runs[-1] = (min(begin, runs[-1][0]), position + 1)
-        else:
-            runs.append((begin, position + 1))
+        while runs and begin < runs[-1][1]:
+            begin = min(begin, runs.pop()[0])
+        runs.append((begin, position + 1))
     return runs
 
 

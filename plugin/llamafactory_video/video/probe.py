@@ -146,7 +146,6 @@ def open_container(
     """
     decoding = {"max_pixels": str(MAX_FRAME_PIXELS)} | ({"skip_frame": "all"} if packets_only else {})
     reading = {"protocol_whitelist": "file" if isinstance(source, str) else "none"}
-    late = reading | ({"codec_whitelist": "none"} if packets_only else {})
 
     def attempt(formats: str, options: dict[str, str], container_options: dict[str, str]) -> Any:
         if not isinstance(source, str):
@@ -158,8 +157,14 @@ def open_container(
 
     try:
         return attempt(_CONTAINERS, decoding, reading)
-    except av.ArgumentError:  # a container that is not among them
-        return attempt(_LATE_CONTAINERS, {}, late)
+    except av.error.ValueError:  # a container that is not among them
+        pass
+    if packets_only:
+        container = attempt(_LATE_CONTAINERS, {}, {**reading, "codec_whitelist": "none"})
+        if all(stream.codec_context is None or stream.width for stream in container.streams.video):
+            return container
+        container.close()  # the size of some codecs' frames is known to the decoder alone
+    return attempt(_LATE_CONTAINERS, {}, reading)
 
 
 def video_stream(container: av.container.InputContainer) -> av.VideoStream:
