@@ -153,7 +153,7 @@ def open_container(
         # With `file:` a name such as concat:a|b or http://… is that of a file as well.
         name = f"file:{source}" if isinstance(source, str) else source
         container_options = {**container_options, "format_whitelist": formats}
-        return av.open(name, options=options, container_options=container_options, timeout=timeout)
+        return av.open(name, "r", None, options, container_options, metadata_errors="replace", timeout=timeout)
 
     try:
         return attempt(_CONTAINERS, decoding, reading)
