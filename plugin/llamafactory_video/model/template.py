@@ -6,13 +6,14 @@ time that the prompt names; `expand_pads` then repeats each as often as its Fram
 thousand tokens cost microseconds.
 """
 
+import bisect
 import itertools
 import json
+import operator
 import re
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -117,18 +118,23 @@ def expand_pads(
     Raises:
         TemplateError: if ids hold another number of pads, as when a text spells one out.
     """
-    tokens = np.asarray(ids)
-    repeats = np.ones(len(tokens), np.int64)
     per_time = [plan.tokens_per_timestamp for plan in plans for _ in range(plan.grid[0])]
+    repeats = {image_pad_id: iter(image_tokens), video_pad_id: iter(per_time)}
     for name, pad_id, counts in ((IMAGE_PAD, image_pad_id, image_tokens), (VIDEO_PAD, video_pad_id, per_time)):
-        places = tokens == pad_id
-        if places.sum() != len(counts):
-            raise TemplateError(
-                f"the prompt holds {places.sum()} {name} where {len(counts)} belong; remove it from texts"
-            )
-        repeats[places] = counts
-    expanded = np.repeat(tokens, repeats).tolist()
-    return expanded, None if labels is None else np.repeat(np.asarray(labels), repeats).tolist()
+        found = ids.count(pad_id)
+        if found != len(counts):
+            raise TemplateError(f"the prompt holds {found} {name} where {len(counts)} belong; remove it from texts")
+    runs = [(at, next(repeats[token])) for at, token in enumerate(ids) if token in repeats]
+
+    def expand(values: list[int]) -> list[int]:
+        expanded, done = [], 0
+        for at, count in runs:
+            expanded += values[done:at]
+            expanded += values[at : at + 1] * count
+            done = at + 1
+        return expanded + values[done:]
+
+    return expand(ids), None if labels is None else expand(labels)
 
 
 def chat_messages(messages: Sequence[dict[str, str]], system: str | None) -> list[dict[str, Any]]:
@@ -218,13 +224,10 @@ def encode_text(tokenizer: Any, text: str, thinking: bool) -> tuple[list[int], l
         ids += encoded.ids
         offsets += encoded.offsets if not cut else [(begin + cut, end + cut) for begin, end in encoded.offsets]
     labels = [IGNORE_INDEX] * len(ids)
-    token = 0
     for begin, end in spans:
-        while token < len(ids) and offsets[token][1] <= begin:
-            token += 1
-        while token < len(ids) and offsets[token][0] < end:
-            labels[token] = ids[token]
-            token += 1
+        first = bisect.bisect_right(offsets, begin, key=operator.itemgetter(1))  # ends after the answer begins
+        last = bisect.bisect_left(offsets, end, key=operator.itemgetter(0))  # begins before it ends
+        labels[first:last] = ids[first:last]
     return ids, labels
 
 

@@ -103,7 +103,7 @@ class FrameCache:
         self._broken = False
 
     def _path(self, kind: str, key: str) -> Path:
-        return self.folder / kind / key[:2] / key[2:]
+        return Path(f"{self.folder}/{kind}/{key[:2]}/{key[2:]}")
 
     def read(self, key: str) -> np.ndarray | None:
         """The frames of an entry, (T, H, W, 3) uint8, or None."""
@@ -203,9 +203,8 @@ class FrameCache:
         self._write(self._facts(path), json.dumps(facts, ensure_ascii=False).encode())
 
     def _facts(self, path: str) -> Path:
-        return self._path(
-            "files", xxhash.xxh3_128_hexdigest(os.path.abspath(path).encode("utf-8", "surrogateescape"))
-        ).with_suffix(".json")
+        key = xxhash.xxh3_128_hexdigest(os.fsencode(os.path.abspath(path)))
+        return self._path("files", f"{key}.json")
 
     def content(self, path: str, stamp: tuple[int, int]) -> str:
         """A hash of a file's content; `stamp` is `probe.file_stamp`'s."""
