@@ -4,6 +4,7 @@ import json
 import logging
 import multiprocessing
 import os
+import pickle
 import random
 import resource
 import signal
@@ -16,7 +17,7 @@ import pytest
 from conftest import write_clip
 from llamafactory_video.data.conversation import Clip
 from llamafactory_video.video import clip as clip_module
-from llamafactory_video.video.cache import FrameCache, default_limit
+from llamafactory_video.video.cache import FrameCache
 from llamafactory_video.video.clip import ClipReader
 from llamafactory_video.video.sampling import Sampling
 from PIL import Image
@@ -110,7 +111,7 @@ def test_the_oldest_used_leave_first(tmp_path):
     for age, key in enumerate(keys[:8]):
         cache.write(key, frames, "clip")
         os.utime(cache._path("frames", key), (age + 1, age + 1))
-    assert cache.read(keys[0]) is not None  # used now: no longer the oldest
+    assert cache.read(keys[0], frames.shape) is not None  # used now: no longer the oldest
     for key in keys[8:]:
         cache.write(key, frames, "clip")
     left = [i for i, key in enumerate(keys) if cache.holds(key)]
@@ -123,9 +124,9 @@ def test_the_oldest_used_leave_first(tmp_path):
 def test_leftovers_of_killed_writers_go(tmp_path):
     cache = FrameCache(tmp_path, 10 * MIB)
     cache.write("ab" * 16, np.zeros((1, 8, 8, 3), np.uint8), "clip")
-    leftover = tmp_path / "frames" / "ab" / "old.tmp"
+    leftover = tmp_path / "frames" / "ab" / f"{'cd' * 15}.1-2.tmp"
     leftover.write_bytes(b"half")
-    young = tmp_path / "frames" / "ab" / "new.tmp"
+    young = tmp_path / "frames" / "ab" / f"{'cd' * 15}.1-3.tmp"
     young.write_bytes(b"half")
     os.utime(leftover, (1, 1))
     cache.sweep()
@@ -140,7 +141,7 @@ def _use(folder, seed, limit):
     for _ in range(150):
         number = choose.randrange(40)
         key, expected = f"{number:032x}", np.full((2, 64, 64, 3), number, np.uint8)
-        frames = cache.read(key)
+        frames = cache.read(key, expected.shape)
         if frames is None:
             cache.write(key, expected, "clip")
         elif not np.array_equal(frames, expected):
@@ -164,7 +165,7 @@ def test_many_processes_and_runs_at_once(tmp_path, caplog):
     assert 0 < cache.size().bytes <= limit
     assert not list(tmp_path.glob("frames/*/*.tmp"))
     for entry in tmp_path.glob("frames/*/*"):
-        assert cache.read(entry.parent.name + entry.name) is not None
+        assert cache.read(entry.parent.name + entry.name, (2, 64, 64, 3)) is not None
     assert not caplog.text
 
 
@@ -190,7 +191,7 @@ def test_killed_while_writing(tmp_path, caplog):
     found = [number for number in range(50) if cache.holds(f"{number:032x}")]
     assert found
     for number in found:
-        assert (cache.read(f"{number:032x}") == number).all()
+        assert (cache.read(f"{number:032x}", (16, 128, 128, 3)) == number).all()
     assert not caplog.text
 
 
@@ -217,14 +218,14 @@ def test_a_disk_that_takes_no_more(tmp_path):
     assert clips == 0
     assert not list(tmp_path.glob("frames/*/*"))
     assert len(messages) == 1  # said once
-    assert f"{tmp_path} cannot be written" in messages[0]
+    assert f"{tmp_path} takes no more" in messages[0]
 
 
 def test_a_folder_that_cannot_be_written(clip, tmp_path, caplog):
     (tmp_path / "file").write_text("")
     shown = reader(tmp_path / "file" / "cache").show(str(clip))
     assert np.array_equal(shown.frames, ClipReader(SAMPLING).show(str(clip)).frames)
-    assert "cannot be written" in caplog.text
+    assert "takes no more (Not a directory)" in caplog.text
 
 
 def test_facts_of_files_are_kept(clip, tmp_path, monkeypatch):
@@ -247,4 +248,60 @@ def test_info_and_clear(clip, tmp_path):
     assert (cache.cache.size().clips, cache.cache.size().files) == (1, 1)
     assert cache.cache.clear().clips == 1
     assert (cache.cache.size().clips, cache.cache.size().files) == (0, 0)
-    assert default_limit(tmp_path / "not" / "there") > 0
+    assert FrameCache(tmp_path / "not" / "there").limit > 0
+
+
+def test_files_of_others_are_not_touched(tmp_path):
+    """`video_cache_dir: data` beside pictures in data/frames/clip1/."""
+    others = [tmp_path / "frames" / folder / name for folder in ("clip1", "ab") for name in ("0001.jpg", "a" * 31)]
+    for other in others:
+        other.parent.mkdir(parents=True, exist_ok=True)
+        other.write_bytes(bytes(MIB))
+        os.utime(other, (1, 1))
+    cache = FrameCache(tmp_path, 2 * MIB)
+    for i in range(8):
+        cache.write(f"{i:032x}", np.zeros((1, 512, 1024, 1), np.uint8), "clip")
+    assert 0 < cache.size().bytes <= cache.limit
+    cache.clear()
+    assert cache.size().clips == 0
+    assert all(other.exists() for other in others)
+
+
+def test_an_entry_that_may_not_be_read_stays(tmp_path, caplog, monkeypatch):
+    """Too many open files, or another user's entry, say nothing about what is in it."""
+    cache, frames = FrameCache(tmp_path, MIB), np.ones((1, 8, 8, 3), np.uint8)
+    cache.write("ab" * 16, frames, "clip")
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "fromfile", lambda *args: (_ for _ in ()).throw(OSError(24, "Too many open files")))
+        assert cache.read("ab" * 16, frames.shape) is None
+    assert np.array_equal(cache.read("ab" * 16, frames.shape), frames)
+    assert cache.read("ab" * 16, (1, 8, 8, 4)) is None  # another shape than is wanted is damage
+
+
+def test_a_folder_cleared_by_another_is_made_again(tmp_path, monkeypatch):
+    cache, frames = FrameCache(tmp_path, MIB), np.ones((1, 8, 8, 3), np.uint8)
+    cleared = []
+    replace = os.replace
+
+    def clear_once(*paths):
+        if not cleared:
+            cleared.append(FrameCache(tmp_path, MIB).clear())
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", clear_once)
+    cache.write("ab" * 16, frames, "clip")
+    assert cache.holds("ab" * 16)
+
+
+def test_a_file_is_hashed_once(clip, tmp_path, monkeypatch):
+    """A reader in another process, or of the next epoch, does not read the whole video for its hash."""
+    reader(tmp_path / "cache").show(str(clip))
+    monkeypatch.setattr(clip_module, "content_hash", lambda *args: pytest.fail("hashed again"))
+    reader(tmp_path / "cache").show(str(clip))
+
+
+def test_what_a_reader_carries_is_the_same_in_every_run(clip, tmp_path):
+    """datasets keys its own caches by it."""
+    used = ClipReader(SAMPLING, FrameCache(tmp_path / "cache"))
+    used.show(str(clip))
+    assert pickle.dumps(used) == pickle.dumps(ClipReader(SAMPLING, FrameCache(tmp_path / "cache")))

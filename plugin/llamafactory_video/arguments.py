@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from .video.cache import GIB, FrameCache, default_folder, default_limit
-from .video.clip import ClipReader
+from .video.cache import GIB, FrameCache, default_folder
 from .video.sampling import Sampling, SamplingError
 
 _LEAST_CACHE = 1 * GIB  # below it, a cache that nobody asked for is not worth its place
@@ -88,6 +87,8 @@ class VideoModelKeys:
             )
         if self.video_maxlen is None:
             self.video_maxlen = self.video_max_frames
+        if not self.video_timeout > 0:
+            raise ValueError(f"video_timeout is {self.video_timeout}; it must be above 0 seconds")
         names = [*_LLAMAFACTORY_DEFAULTS, "video_min_frames", "video_total_pixels"]
         self.given_video_keys = {n: getattr(self, n) for n in names if getattr(self, n) is not None}
         for name, default in _LLAMAFACTORY_DEFAULTS.items():
@@ -201,39 +202,35 @@ def resolve_sampling(dialect: str, given: dict[str, Any], video_processor: Any, 
         raise SamplingError(f"{error} (what the recipe does not give comes from the dialect {dialect})") from error
 
 
-def clip_reader(keys: VideoModelKeys, sampling: Sampling, log: Callable[[str], None]) -> ClipReader:
-    """The reader of clips that the recipe asks for, with its cache of frames where there is room for one.
+def frame_cache(keys: VideoModelKeys, log: Callable[[str], None]) -> FrameCache | None:
+    """The cache of frames that the recipe asks for, or None where there is no room for it; says which, with its size.
 
     Args:
         log: takes a line for the person who runs this.
 
     Raises:
-        ValueError: if a key on reading is out of range.
+        ValueError: if its size is out of range.
     """
-    if not keys.video_timeout > 0:
-        raise ValueError(f"video_timeout is {keys.video_timeout}; it must be above 0 seconds")
-    return ClipReader(sampling, frame_cache(keys, log), keys.video_timeout)
-
-
-def frame_cache(keys: VideoModelKeys, log: Callable[[str], None]) -> FrameCache | None:
-    """The cache of frames that the recipe asks for, or None; says which, with its size."""
     if not keys.video_cache:
         return None
     if keys.video_cache_gb is not None and not keys.video_cache_gb > 0:
         raise ValueError(f"video_cache_gb is {keys.video_cache_gb}; it must be above 0; `video_cache: false` is off")
-    folder = Path(keys.video_cache_dir).expanduser() if keys.video_cache_dir else default_folder()
-    limit = default_limit(folder) if keys.video_cache_gb is None else int(keys.video_cache_gb * GIB)
-    if keys.video_cache_gb is None and limit < _LEAST_CACHE:
-        log(
-            f"Frame cache: off, since the disk of {folder} has only {2 * limit / GIB:.1f} GiB free; every clip is "
-            "decoded in every epoch. `video_cache_dir` names another place, `video_cache_gb` sets a size."
-        )
+    without = (
+        "Frame cache: off, since {}. Every clip is decoded in every epoch. `video_cache_dir` names another place."
+    )
+    try:
+        folder = Path(keys.video_cache_dir).expanduser() if keys.video_cache_dir else default_folder()
+        cache = FrameCache(folder, None if keys.video_cache_gb is None else int(keys.video_cache_gb * GIB))
+        if cache.limit < _LEAST_CACHE and keys.video_cache_gb is None:
+            log(without.format(f"the disk of {folder} has only {cache.limit / GIB:.1f} GiB to spare"))
+            return None
+        size = cache.size()
+    except (OSError, RuntimeError) as error:  # a folder that may not be looked into, a user without a home
+        log(without.format(f"its folder cannot be used ({error})"))
         return None
-    cache = FrameCache(folder, limit)
-    size = cache.size()
     log(
-        f"Frame cache: {folder}, {size.clips} clips in {size.bytes / GIB:.2f} GiB, may grow to {limit / GIB:.1f} GiB "
-        "(about 6 KiB a visual token). `video_cache: false` turns it off."
+        f"Frame cache: {folder}, {size.clips} clips in {size.bytes / GIB:.2f} GiB, may grow to {cache.limit / GIB:.1f} "
+        "GiB (about 6 KiB a visual token). `video_cache: false` turns it off."
     )
     return cache
 

@@ -25,7 +25,7 @@ def check(recipe: Path, overrides: list[str]) -> int:
     if not parts and not wrong:
         raise ValueError(f"{recipe} names no data set; give a training recipe")
     for name, part in parts.items():
-        found = list(measure_all(part, encoder, range(len(part)), os.cpu_count() or 1))
+        found = list(measure_all(part, encoder, range(len(part)), None))
         sizes = [measured for measured in found if not measured.problem]
         problems = [measured.problem for measured in found if measured.problem]
         changes = [measured.change for measured in found if measured.change]
@@ -50,7 +50,7 @@ def check(recipe: Path, overrides: list[str]) -> int:
     return wrong
 
 
-def build_cache(recipe: Path, overrides: list[str], jobs: int) -> int:
+def build_cache(recipe: Path, overrides: list[str], jobs: int | None) -> int:
     """Decode every clip of a recipe into the frame cache; those that are there already are passed over.
 
     Returns:
@@ -65,19 +65,26 @@ def build_cache(recipe: Path, overrides: list[str], jobs: int) -> int:
     if cache is None:
         raise ValueError("there is no frame cache: video_cache is false, or the disk is nearly full")
     problems: list[str] = []
+    notes: list[str] = []
     decoded = found = 0
     for name, part in parts.items():
         for stored in store_all(part, encoder, jobs, f"Decoding {name}"):
             decoded, found = decoded + stored.decoded, found + stored.found
             problems += [stored.problem] if stored.problem else []
+            notes += stored.notes
     size = cache.size()
     print(
         f"{decoded} clips decoded, {found} were there already, {len(problems)} records with a clip that cannot be shown."
     )
     print("\n".join(f"  {problem}" for problem in problems), end="\n" if problems else "")
+    if notes:
+        print("Shown as far as they can be decoded:")
+        print("\n".join(f"  {note}" for note in notes))
     print(f"{cache.folder}: {size.clips} clips in {size.bytes / GIB:.2f} GiB of at most {cache.limit / GIB:.1f} GiB")
-    if size.clips < decoded:
-        print("The oldest have left already: the cache is too small for this data set. Raise video_cache_gb.")
+    if size.bytes > 0.75 * cache.limit:
+        print(
+            "The cache is nearly full: what was used longest ago leaves it. For larger data sets raise video_cache_gb."
+        )
     return wrong + len(problems)
 
 
@@ -85,7 +92,9 @@ def cache_folder(recipe: Path | None, overrides: list[str]) -> Path:
     """The folder of a recipe's frame cache, or the usual one."""
     from .video.cache import default_folder
 
-    keys = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe else {}
+    keys = (yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe else None) or {}
+    if not isinstance(keys, dict):
+        raise ValueError(f"{recipe} is no recipe: lines of `key: value` are needed")
     keys |= dict(word.split("=", 1) for word in overrides if "=" in word)
     folder = keys.get("video_cache_dir")
     return Path(folder).expanduser() if folder else default_folder()
@@ -93,12 +102,19 @@ def cache_folder(recipe: Path | None, overrides: list[str]) -> Path:
 
 def show_cache(folder: Path, clear: bool) -> None:
     """Print what a frame cache holds, and remove it if asked to."""
-    from .video.cache import GIB, FrameCache, default_limit
+    from .video.cache import GIB, FrameCache
 
-    cache = FrameCache(folder, default_limit(folder))
+    cache = FrameCache(folder)
     size = cache.clear() if clear else cache.size()
     done = "removed" if clear else "holds"
     print(f"{folder} {done} {size.clips} clips in {size.bytes / GIB:.2f} GiB, and what is known of {size.files} files")
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # too long for a name, or with a zero byte
+        return False
 
 
 def map_settings(words: list[str], kind: str | None, target: str, clip: str | None, as_json: bool) -> None:
@@ -110,7 +126,7 @@ def map_settings(words: list[str], kind: str | None, target: str, clip: str | No
     info, text = EXAMPLE, words[0] if len(words) == 1 else shlex.join(words)
     if text == "-":
         text = sys.stdin.read()
-    elif len(words) == 1 and Path(text[:1000]).is_file():
+    elif len(words) == 1 and _is_file(text):
         text = Path(text).read_text(encoding="utf-8-sig")
     elif len(words) == 1 and not re.search(r"=|^--|^\s*[\[{]|\s", text):
         raise MappingError(f"no file {text}")
@@ -171,9 +187,7 @@ def main() -> None:
     caching.add_argument("action", choices=("build", "info", "clear"))
     caching.add_argument("recipe", type=Path, nargs="?", help="a training recipe; without one, the usual cache")
     caching.add_argument("overrides", nargs="*", help="key=value, as for llamafactory-cli")
-    caching.add_argument(
-        "--jobs", type=int, default=os.cpu_count() or 1, help="processes that decode (default: %(default)s)"
-    )
+    caching.add_argument("--jobs", type=int, help="processes that decode (default: as many as there are cores)")
     options = parser.parse_args()
     if options.command == "map":
         try:

@@ -9,7 +9,6 @@ import ast
 import contextlib
 import functools
 import json
-import os
 import sys
 from collections.abc import Callable
 from copy import copy
@@ -123,6 +122,8 @@ def _check_keys_fit_template(model_args: Any, data_args: Any) -> None:
         "video_min_frames": model_args.video_min_frames is not None,
         "video_total_pixels": model_args.video_total_pixels is not None,
         "video_fit": data_args.video_fit != "error",
+        "video_cache_dir": model_args.video_cache_dir is not None,
+        "video_cache_gb": model_args.video_cache_gb is not None,
     }
     given = next((name for name, set_ in ours.items() if set_), None)
     if given:
@@ -196,6 +197,7 @@ def _data_loader(loader: ModuleType) -> None:
         loader._get_preprocessed_dataset,
     )
     checked: dict[str, Any] = {}
+    streamed: list[Any] = []
 
     def read(dataset_attr: Any, name: str, model_args: Any, data_args: Any, training_args: Any) -> Any:
         from datasets.exceptions import DatasetGenerationError
@@ -281,6 +283,7 @@ def _data_loader(loader: ModuleType) -> None:
             dataset = dataset.select(range(min(data_args.max_samples, len(dataset))))
         loader.logger.info_rank0(f"Data set {dataset_attr}: {len(dataset)} records.")
         if data_args.streaming:
+            streamed.append(dataset)  # to be checked as a whole before training
             return dataset.to_iterable_dataset(
                 num_shards=min(len(dataset), max(1, training_args.dataloader_num_workers))
             )
@@ -296,31 +299,30 @@ def _data_loader(loader: ModuleType) -> None:
         processor: Any = None,
         is_eval: bool = False,
     ) -> Any:
-        lazy = stage == "sft" and hasattr(template, "thinking") and not (data_args.packing and not is_eval)
-        if dataset is None or not lazy:
+        ours = stage == "sft" and hasattr(template, "thinking")
+        if dataset is None or not ours:
             return preprocess(dataset, data_args, training_args, stage, template, tokenizer, processor, is_eval)
         generation = training_args.predict_with_generate and is_eval
         encoder = _record_encoder(template, tokenizer, processor, data_args, generation)
         first = next(iter(dataset), None)
         if first is None:
             raise ValueError("the data set is empty; check max_samples and val_size")
+        if training_args.process_index == 0:
+            from .data.loader import check_lengths
+
+            workers = data_args.preprocessing_num_workers
+            for part in streamed if data_args.streaming else [dataset]:
+                name, report_dir = "evaluation" if is_eval else "training", Path(training_args.output_dir)
+                check_lengths(part, encoder, name, workers, report_dir, loader.logger.warning_rank0)
+        streamed.clear()
+        if data_args.packing and not is_eval:
+            return preprocess(dataset, data_args, training_args, stage, template, tokenizer, processor, is_eval)
         if data_args.streaming:
-            dataset = dataset.map(encoder.show, remove_columns=list(first))
+            dataset = dataset.map(encoder.item, remove_columns=list(first))
             # Each process reads its own batches. Accelerate's other way, one process reading for all, cuts every
             # tensor to the batch size, patches too.
             training_args.accelerator_config.dispatch_batches = False
         else:
-            if training_args.process_index == 0:
-                from .data.loader import check_lengths
-
-                check_lengths(
-                    dataset,
-                    encoder,
-                    "evaluation" if is_eval else "training",
-                    data_args.preprocessing_num_workers or min(16, os.cpu_count() or 1),
-                    Path(training_args.output_dir),
-                    loader.logger.warning_rank0,
-                )
             dataset = dataset.with_transform(encoder)
         if training_args.should_log:
             print(f"{'eval' if is_eval else 'training'} example:\n{encoder.describe(encoder.encode(first))}")
@@ -347,7 +349,7 @@ def _data_packing(supervised: ModuleType) -> None:
                 self.encoded = iter(encoded)
                 # The stock method drops conversations whose turns do not alternate, such as two results of tools.
                 examples = {**examples, "_prompt": [[{}]] * len(rows), "_response": [[{}]] * len(rows)}
-                examples["_videos"] = [sample["videos"] for sample in encoded]
+                examples["_videos"] = [sample["videos"] for sample in encoded]  # as small as they were planned
             return super().preprocess_dataset(examples)
 
         def _encode_data_example(self, prompt, response, system, tools, images, videos, audios):
@@ -367,6 +369,13 @@ def _clip_reader(processor: Any) -> "ClipReader":
     if reader is None:
         found = "no processor" if processor is None else type(processor).__name__
         raise ValueError(f"template {TEMPLATE} needs a Qwen3-VL model with its processor files; found {found}")
+    keys = processor.__dict__.pop("frame_cache_keys", None)
+    if keys is not None:
+        from llamafactory.extras import logging
+
+        from .arguments import frame_cache
+
+        reader.cache = frame_cache(keys, logging.get_logger(__name__).info_rank0)
     return reader
 
 
@@ -389,7 +398,7 @@ def _data_mm_plugin(mm_plugin: ModuleType) -> None:
                     raise TemplateError(f"{text.count(mark)} {mark} in the messages and {len(given)} given with them")
             clips = [_clip_reader(processor).show(video) for video in videos]
             if isinstance(videos, list):  # the same list comes again for the pixels, and a stream is read only once
-                videos[:] = clips
+                videos[:] = [v if isinstance(v, str) else clip for v, clip in zip(videos, clips, strict=True)]
             return place_messages(messages, [clip.plan for clip in clips], strip=True)
 
         def process_token_ids(self, input_ids, labels, images, videos, audios, tokenizer, processor):
@@ -411,14 +420,6 @@ def _data_mm_plugin(mm_plugin: ModuleType) -> None:
 
             self._validate_input(processor, images, videos, audios)
             inputs = vision_inputs(images, videos, processor, _clip_reader(processor))
-            told = sum(list(ids).count(processor.video_token_id) for ids in batch_ids)
-            merged = processor.video_processor.merge_size**2
-            shown = int(inputs["video_grid_thw"].prod(1).sum()) // merged if videos else 0
-            if told != shown:  # planned ahead, by neat_packing, of a file that decoding then found damaged or replaced
-                raise ValueError(
-                    f"the prompts tell of {told} tokens of clips and {shown} are shown, of {', '.join(map(str, videos))}; "
-                    "decode all clips with `lmf-video cache build` first"
-                )
             types = [token_type_ids(torch.tensor(ids), processor).tolist() for ids in batch_ids]
             return {**inputs, "mm_token_type_ids": types}
 
@@ -491,6 +492,8 @@ def _data_collator(collator: ModuleType) -> None:
     @dataclass
     class SFTDataCollatorWith4DAttentionMask(stock):
         def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+            # Frames are read here, once a batch is wanted: what asks for lengths alone decodes nothing.
+            features = [feature["show"]() if "show" in feature else feature for feature in features]
             batch = super().__call__(features)
             if hasattr(self.template, "thinking"):
                 from .model.template import token_type_ids
@@ -511,7 +514,8 @@ def _model_patcher(patcher: ModuleType) -> None:
     def patch_processor(processor: Any, tokenizer: Any, model_args: Any) -> None:
         stock(processor, tokenizer, model_args)
         if type(processor).__name__ == "Qwen3VLProcessor" and hasattr(model_args, "given_video_keys"):
-            from .arguments import apply_to_processor, clip_reader, take_trained_processors
+            from .arguments import apply_to_processor, take_trained_processors
+            from .video.clip import ClipReader
 
             if model_args.video_sampling == "qwen_finetune":
                 take_trained_processors(processor, model_args.adapter_name_or_path or ())
@@ -521,7 +525,8 @@ def _model_patcher(patcher: ModuleType) -> None:
             sampling = apply_to_processor(
                 model_args.video_sampling, model_args.given_video_keys, processor, model_args.video_timestamps
             )
-            processor.clip_reader = clip_reader(model_args, sampling, patcher.logger.info_rank0)
+            processor.clip_reader = ClipReader(sampling, timeout=model_args.video_timeout)
+            processor.frame_cache_keys = model_args  # the cache is made when a template of ours asks for the reader
 
     _replace(patcher, "patch_processor", patch_processor)
 
@@ -542,7 +547,9 @@ def _sft_trainer(trainer: ModuleType) -> None:
         def save_predictions(self, dataset: Any, predict_results: Any, skip_special_tokens: bool = True) -> None:
             if not self.is_world_process_zero():
                 return
-            prompts = {"input_ids": [sample["input_ids"] for sample in dataset]}
+            transform = getattr(dataset, "format", {}).get("format_kwargs", {}).get("transform")
+            rows = dataset if transform is None else map(transform.encode, dataset.with_format(None))
+            prompts = {"input_ids": [row["input_ids"] for row in rows]}
             super().save_predictions(prompts, predict_results, skip_special_tokens)
 
     _replace(trainer, "CustomSeq2SeqTrainer", CustomSeq2SeqTrainer)

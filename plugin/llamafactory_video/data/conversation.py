@@ -140,6 +140,7 @@ class Clip:
         start, end: seconds; only what lies in [start, end) is the clip, and its times count from its first frame.
         fps, min_frames, max_frames, min_pixels, max_pixels, total_pixels: override the recipe's video_* keys.
         nframes, resized_height, resized_width: number of frames, and their size in pixels, in `qwen_vl_utils`.
+        planned: `plan_digest` of what its prompt tells, where that was made ahead; no record sets it.
     """
 
     path: str | None = None
@@ -157,6 +158,7 @@ class Clip:
     nframes: int | None = None
     resized_height: int | None = None
     resized_width: int | None = None
+    planned: str | None = None
 
     def sampling(self, recipe: Sampling) -> Sampling:
         """How this clip is sampled: its own settings over the recipe's."""
@@ -328,7 +330,7 @@ class _RecordParser:
         if not isinstance(value, dict):
             self.wrong(field, show(value), "a path, a list of frame pictures or an object with `path` is needed")
             return None
-        known = [f.name for f in fields(Clip)]
+        known = [f.name for f in fields(Clip) if f.name != "planned"]
         value = self.utils_names(value, field)
         for key in value:
             if key not in known:

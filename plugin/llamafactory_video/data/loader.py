@@ -16,6 +16,7 @@ import os
 import re
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -31,7 +32,7 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..model.template import IGNORE_INDEX, TemplateError, encode_conversation
-from ..video.clip import ClipReader
+from ..video.clip import ClipReader, as_clip, plan_digest, usable_cores
 from ..video.probe import ClipError
 from ..video.sampling import SHRINK_STAGES, FramePlan, SamplingError, most_tokens, shrink
 from .conversation import (
@@ -479,7 +480,7 @@ class RecordEncoder:
     Args:
         reader: of clips.
         cutoff_len: the most tokens that a record may have; none is cut.
-        shrink: clips of a longer record lose pixels, then frames, until it fits (`Sampling.shrunk`).
+        shrink: clips of a longer record lose pixels, then frames, until it fits (`sampling.shrink`).
         generation: prompts alone in `input_ids`, the last answer in `labels`.
         train_on_prompt: labels on the prompt's text too.
         last_turn_only: labels on the last answer alone (LLaMA-Factory's `mask_history`).
@@ -504,29 +505,40 @@ class RecordEncoder:
         self.generation, self.train_on_prompt, self.last_turn_only = generation, train_on_prompt, last_turn_only
 
     def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        """A batch of columns -> a batch of columns, as `Dataset.with_transform` wants it, with frames."""
+        """A batch of columns -> a batch of columns, as `Dataset.with_transform` wants it; see `item`."""
         names = list(rows)
-        encoded = [self.show(dict(zip(names, values, strict=True))) for values in zip(*rows.values(), strict=True)]
-        return {name: [sample[name] for sample in encoded] for name in encoded[0]}
+        items = [self.item(dict(zip(names, values, strict=True))) for values in zip(*rows.values(), strict=True)]
+        return {name: [item[name] for item in items] for name in items[0]}
 
-    def show(self, row: dict[str, Any]) -> dict[str, Any]:
-        """One record, with the frames of its clips in `videos`, as `ShownClip`.
+    def item(self, row: dict[str, Any]) -> dict[str, Any]:
+        """One record as an item of the data set: what `encode` makes, and under `show` a function that reads its clips.
+
+        The collator calls `show`, so what asks for lengths alone decodes nothing.
+        """
+        sample = self.encode(row)
+        return {**sample, "show": functools.partial(self.show, row, sample)}
+
+    def show(self, row: dict[str, Any], sample: dict[str, Any] | None = None) -> dict[str, Any]:
+        """One record as the collator takes it, with the frames of its clips in `videos`, as `ShownClip`.
+
+        Args:
+            sample: what `encode` made of the row.
 
         Raises:
             DatasetError: naming the record, if it cannot be shown or is too long.
         """
         while True:
-            sample = self.encode(row)
+            sample = dict(sample or self.encode(row))
             plans, _ = sample.pop("plans"), sample.pop("change")
             if not plans:
                 return sample
             try:
-                shown = [self.reader.show(video) for video in sample["videos"]]
+                shown = [self.reader.show(replace(decode_clip(video), planned=None)) for video in sample["videos"]]
             except ClipError as error:
                 raise DatasetError(f"{_source(row)}: {error}") from error
-            # Decoding may have taught that a file is damaged, or another file now.
             if [clip.plan for clip in shown] == plans:
                 return {**sample, "videos": shown}
+            sample = None  # decoding has taught that a file is damaged, or another file now
 
     def encode(self, row: dict[str, Any]) -> dict[str, Any]:
         """One record, without decoding its clips.
@@ -538,7 +550,7 @@ class RecordEncoder:
         Raises:
             DatasetError: naming the record, if it cannot be shown or is too long.
         """
-        clips, change = [decode_clip(text) for text in row["_videos"] or ()], ""
+        clips, change = [as_clip(video) for video in row["_videos"] or ()], ""
         ids, labels, plans = self._encode(row, clips)
         if len(ids) > self.cutoff_len:
             said = (
@@ -565,7 +577,10 @@ class RecordEncoder:
             "attention_mask": [1] * len(ids),
             "labels": labels,
             "images": row["_images"],
-            "videos": [clip.encode() for clip in clips] or None,
+            "videos": [
+                replace(clip, planned=plan_digest(plan)).encode() for clip, plan in zip(clips, plans, strict=True)
+            ]
+            or None,
             "audios": None,
             "plans": plans,
             "change": change,
@@ -583,7 +598,7 @@ class RecordEncoder:
         texts = [row["_system"] or "", *(turn["content"] for turn in turns)]
         most = sum(len(text.encode()) + _TURN_TOKENS for text in texts)  # a token is at least a byte
         try:
-            clips = [decode_clip(text) for text in row["_videos"] or ()]
+            clips = [as_clip(video) for video in row["_videos"] or ()]
             most += sum(
                 most_tokens(clip.sampling(self.reader.sampling), len(clip.frames) if clip.frames else None)
                 for clip in clips
@@ -676,11 +691,12 @@ class Measured:
 
 @dataclass(frozen=True)
 class Stored:
-    """How many of a record's clips were decoded into the cache, and were there; or what is wrong with it."""
+    """How many of a record's clips were decoded into the cache, and were there; what is wrong with it, or lost."""
 
     decoded: int = 0
     found: int = 0
     problem: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def _measure(encoder: RecordEncoder, row: dict[str, Any]) -> Measured:
@@ -694,8 +710,10 @@ def _measure(encoder: RecordEncoder, row: dict[str, Any]) -> Measured:
 
 def _store(encoder: RecordEncoder, row: dict[str, Any]) -> Stored:
     try:
-        decoded = [encoder.reader.store(video) for video in encoder.encode(row)["videos"] or ()]
-        return Stored(sum(decoded), len(decoded) - sum(decoded))
+        clips = [as_clip(text) for text in encoder.encode(row)["videos"] or ()]
+        decoded = [encoder.reader.store(replace(clip, planned=None)) for clip in clips]
+        notes = [f"{_source(row)}: {clip}: {note}" for clip in clips if (note := encoder.reader.note(clip))]
+        return Stored(sum(decoded), len(decoded) - sum(decoded), notes=tuple(notes))
     except ClipError as error:
         return Stored(problem=f"{_source(row)}: {error}")
     except DatasetError as error:
@@ -708,8 +726,16 @@ _work: Callable[[dict[str, Any]], Any] | None = None  # of a process of `_for_al
 def _start_work(work: Callable[[RecordEncoder, dict[str, Any]], Any], encoder: RecordEncoder) -> None:
     global _work
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the others
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _work = functools.partial(work, encoder)
+
+
+def _end_with(parent: int) -> None:
+    """End this process once its parent has been killed, which tells nobody."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _do_work(row: dict[str, Any]) -> Any:
@@ -721,10 +747,11 @@ def _for_all(
     encoder: RecordEncoder,
     dataset: datasets.Dataset,
     numbers: Sequence[int],
-    workers: int,
+    workers: int | None,
     title: str,
 ) -> Iterator[Result]:
     """What `work` makes of the records with those numbers, in order, by several processes, with a progress bar."""
+    workers = workers or usable_cores()
     parts = (dataset.select(numbers[at : at + _ROWS]) for at in range(0, len(numbers), _ROWS))
     with tqdm(total=len(numbers), unit=" records", desc=title) as bar:
         if workers < 2:
@@ -747,21 +774,21 @@ def _for_all(
 
 
 def measure_all(
-    dataset: datasets.Dataset, encoder: RecordEncoder, numbers: Sequence[int], workers: int
+    dataset: datasets.Dataset, encoder: RecordEncoder, numbers: Sequence[int], workers: int | None
 ) -> Iterator[Measured]:
     """The lengths of the records with those numbers, in order; no clip is decoded.
 
     Args:
-        workers: processes.
+        workers: processes; None: as many as there are cores.
     """
     return _for_all(_measure, encoder, dataset, numbers, workers if len(numbers) > _FEW else 1, "Measuring records")
 
 
-def store_all(dataset: datasets.Dataset, encoder: RecordEncoder, workers: int, title: str) -> Iterator[Stored]:
+def store_all(dataset: datasets.Dataset, encoder: RecordEncoder, workers: int | None, title: str) -> Iterator[Stored]:
     """Decode all clips of a data set into the reader's cache.
 
     Args:
-        workers: processes, each of which decodes with one thread.
+        workers: processes, each of which decodes with one thread; None: as many as there are cores.
         title: of the progress bar.
     """
     encoder.reader.threads = 1
@@ -772,7 +799,7 @@ def check_lengths(
     dataset: datasets.Dataset,
     encoder: RecordEncoder,
     name: str,
-    workers: int,
+    workers: int | None,
     report_dir: Path,
     log: Callable[[str], None],
 ) -> None:
@@ -782,29 +809,48 @@ def check_lengths(
 
     Args:
         name: of the data set; names the report.
-        workers: processes.
+        workers: processes; None: as many as there are cores.
         report_dir: where the list of records is written when there are any.
         log: takes a line for the person who runs this.
 
     Raises:
         DatasetError: listing every record that does not fit, or whose clips cannot be planned.
     """
-    numbers = [number for number, row in enumerate(dataset) if encoder.may_be_too_long(row)]
+    numbers = _long_records(dataset, encoder)
     found = list(measure_all(dataset, encoder, numbers, workers)) if numbers else []
     problems = [measured.problem for measured in found if measured.problem]
     changes = [measured.change for measured in found if measured.change]
-    for lines, kind in ((problems, "too_long"), (changes, "shrunk")):
+    for lines, kind in ((changes, "shrunk"), (problems, "too_long")):
+        report = report_dir / f"{kind}_records_{name}.txt"
         if not lines:
+            report.unlink(missing_ok=True)
             continue
         report_dir.mkdir(parents=True, exist_ok=True)
-        report = report_dir / f"{kind}_records_{name}.txt"
         report.write_text("\n".join(lines) + "\n", encoding="utf-8")
         text = WrongRecords(len(lines), lines).text(report)
         if kind == "shrunk":
             log(f"{name}: clips of {len(lines)} of {len(dataset)} records are made smaller to fit the cutoff:\n{text}")
             continue
+        advice = "`video_fit: shrink` makes clips of records over the cutoff smaller."
         raise DatasetError(
-            f"{name}: {len(lines)} of {len(dataset)} records cannot be shown whole:\n{text}\n`video_fit: shrink` makes "
-            "clips of records over the cutoff smaller.",
+            f"{name}: {len(lines)} of {len(dataset)} records cannot be shown whole:\n{text}"
+            + (f"\n{advice}" if any("are more than cutoff_len" in line for line in lines) else ""),
             len(lines),
         )
+
+
+def _long_records(dataset: datasets.Dataset, encoder: RecordEncoder) -> list[int]:
+    """Numbers of the records that may be too long."""
+    numbers: list[int] = []
+    names = ("_prompt", "_response", "_system", "_tools", "_images", "_videos")
+    with tqdm(total=len(dataset), unit=" records", desc="Looking for long records", mininterval=1) as bar:
+        for start in range(0, len(dataset), _ROWS):
+            part = dataset[start : start + _ROWS]
+            rows = zip(*(part[name] for name in names), strict=True)
+            numbers += [
+                number
+                for number, values in enumerate(rows, start)
+                if encoder.may_be_too_long(dict(zip(names, values, strict=True)))
+            ]
+            bar.update(len(part["_prompt"]))
+    return numbers

@@ -5,17 +5,18 @@
 
 An entry's key is made of the file's content and the whole plan, so another fps or size, or an edited clip, never meets
 an old entry. Entries are written under a name of their own and renamed, so a reader sees a whole one or none, whoever
-else reads, writes or is killed. A token takes 6144 bytes.
+else reads, writes or is killed. A visual token takes 6144 bytes. No file is touched whose name is not an entry's.
 """
 
 import contextlib
-import fcntl
+import errno
 import functools
 import json
 import logging
 import os
+import random
+import re
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -23,19 +24,30 @@ from pathlib import Path
 
 import av
 import numpy as np
+import PIL
+import torch
 import torchvision
 import xxhash
 
 from .probe import Orientation, VideoFile
 from .sampling import ClipInfo, FramePlan
 
+try:
+    import fcntl
+except ImportError:  # not a Unix: sweeps of several processes may overlap, which costs time alone
+    fcntl = None
+
 logger = logging.getLogger(__name__)
 
-_VERSION = f"1 av {av.__version__} torchvision {torchvision.__version__}"  # what else decides on a frame's values
+# What else decides on a frame's values; the first number is that of our own decoding.
+_VERSION = f"1 av {av.__version__} torch {torch.__version__} {torchvision.__version__} pillow {PIL.__version__}"
 _SWEEP_SHARE = 256  # each process sweeps after it wrote this part of the limit
 _HIGH, _LOW = 0.9, 0.8  # shares of the limit: above the first, the oldest leave until the second is reached
+_RESERVE = 0.05  # of the disk is left free for others
 _LEFTOVER_SECONDS = 3600  # a file still being written is never as old
 _TOUCH_SECONDS = 60
+_FINAL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
+_SHARD, _ENTRY = re.compile("[0-9a-f]{2}"), re.compile(r"[0-9a-f]{30}(\.json)?(\.[0-9]+-[0-9]+\.tmp)?")
 GIB = 1 << 30
 
 
@@ -44,14 +56,16 @@ def default_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "llamafactory_video")
 
 
-def default_limit(folder: Path) -> int:
-    """Half of what is free on the folder's disk, what the cache already holds included, in bytes."""
+def free_space(folder: Path) -> tuple[int, int]:
+    """Bytes that are free and bytes in all of the disk of a folder that need not exist yet."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
-    return (shutil.disk_usage(existing).free + sum(size for _, size, _ in _entries(folder / "frames"))) // 2
+    usage = shutil.disk_usage(existing)
+    return usage.free, usage.total
 
 
-@functools.lru_cache(maxsize=65536)
-def _content(path: str, stamp: tuple[int, int]) -> str:
+@functools.lru_cache(maxsize=8192)
+def content_hash(path: str, stamp: tuple[int, int]) -> str:
+    """A hash of a file's content; `stamp` is `probe.file_stamp`'s."""
     hasher = xxhash.xxh3_128()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
@@ -71,14 +85,17 @@ def frame_key(contents: list[str], file: VideoFile | None, plan: FramePlan) -> s
 
 
 def _entries(folder: Path) -> Iterator[tuple[float, int, str]]:
-    """Time of the last use, bytes and path of every file two levels below."""
-    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as shards:
+    """Time of the last use, bytes and path of every entry."""
+    with contextlib.suppress(OSError), os.scandir(folder) as shards:
         for shard in shards:
+            if not _SHARD.fullmatch(shard.name):
+                continue
             with contextlib.suppress(OSError), os.scandir(shard.path) as files:
                 for file in files:
-                    with contextlib.suppress(FileNotFoundError):
-                        found = file.stat()
-                        yield found.st_mtime, found.st_size, file.path
+                    with contextlib.suppress(OSError):
+                        if _ENTRY.fullmatch(file.name):
+                            found = file.stat()
+                            yield found.st_mtime, found.st_size, file.path
 
 
 @dataclass
@@ -94,31 +111,46 @@ class FrameCache:
     """Frames in a folder that any number of processes may share.
 
     Args:
-        limit: bytes that the frames may take; those used longest ago leave first.
+        limit: bytes that it may take; what was used longest ago leaves first. None: half of what is free on the disk,
+            what the cache already holds included.
     """
 
-    def __init__(self, folder: Path, limit: int) -> None:
-        self.folder, self.limit = folder, limit
-        self._written = limit  # as if enough had been written: the first write looks at what is there
+    def __init__(self, folder: Path, limit: int | None = None) -> None:
+        self.folder, self.given_limit = folder, limit
+        self._written: float | None = None  # since the last sweep
         self._broken = False
+
+    def __reduce__(self) -> tuple:
+        # Without what changes from run to run: datasets' own caches are keyed by what a function carries.
+        return FrameCache, (self.folder, self.given_limit)
+
+    @functools.cached_property
+    def limit(self) -> int:
+        """Bytes that it may take."""
+        if self.given_limit is not None:
+            return self.given_limit
+        return (free_space(self.folder)[0] + self.size().bytes) // 2
 
     def _path(self, kind: str, key: str) -> Path:
         return Path(f"{self.folder}/{kind}/{key[:2]}/{key[2:]}")
 
-    def read(self, key: str) -> np.ndarray | None:
-        """The frames of an entry, (T, H, W, 3) uint8, or None."""
+    def read(self, key: str, shape: tuple[int, ...]) -> np.ndarray | None:
+        """The frames of an entry, `shape` uint8, or None if it is not there."""
         path = self._path("frames", key)
         try:
             with open(path, "rb") as file:
                 header = json.loads(file.readline())
                 frames = np.fromfile(file, np.uint8)
                 last_use = os.fstat(file.fileno()).st_mtime
-            if xxhash.xxh3_64_hexdigest(frames) != header["checksum"]:
+            if tuple(header["shape"]) != shape or xxhash.xxh3_64_hexdigest(frames) != header["checksum"]:
                 raise ValueError("checksum")
-            frames = frames.reshape(header["shape"])
+            frames = frames.reshape(shape)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except OSError as error:
+            logger.warning("The frame cache's %s cannot be read (%s); the clip is decoded again.", path, error)
+            return None
+        except (ValueError, KeyError, TypeError) as error:
             logger.warning("The frame cache's %s is damaged (%s); the clip is decoded again.", path, error)
             with contextlib.suppress(OSError):
                 path.unlink()
@@ -134,47 +166,59 @@ class FrameCache:
 
     def write(self, key: str, frames: np.ndarray, source: str) -> None:
         """Keep an entry. A disk that is full or cannot be written ends the writing of this process, with a warning."""
-        header = {
-            "checksum": xxhash.xxh3_64_hexdigest(np.ascontiguousarray(frames)),
-            "shape": frames.shape,
-            "source": source,
-        }
-        line = json.dumps(header, ensure_ascii=False).encode() + b"\n"
-        if len(line) + frames.nbytes > self.limit * _LOW:
+        frames = np.ascontiguousarray(frames)
+        header = {"checksum": xxhash.xxh3_64_hexdigest(frames), "shape": frames.shape, "source": source}
+        line = json.dumps(header, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+        self._write(self._path("frames", key), line, frames.data)
+
+    def _write(self, path: Path, *parts: bytes | memoryview) -> None:
+        size = sum(part.nbytes if isinstance(part, memoryview) else len(part) for part in parts)
+        if self._broken:
             return
-        self._write(self._path("frames", key), line, np.ascontiguousarray(frames).data)
-        self._written += frames.nbytes
-        if self._written > self.limit // _SWEEP_SHARE:
+        if size > self.limit * _LOW:
+            return self._give_up(f"one clip takes {size} bytes, nearly all of its limit, {self.limit}")
+        free, total = free_space(self.folder)
+        if free - size < total * _RESERVE:
+            return self._give_up(f"less than {_RESERVE:.0%} of its disk is free")
+        for attempt in (1, 2):  # a folder may be cleared by another process between two steps
+            partial = f"{path}.{os.getpid()}-{time.time_ns()}.tmp"
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
+                    for part in parts:
+                        file.write(part)
+                os.replace(partial, path)
+                break
+            except OSError as error:
+                with contextlib.suppress(OSError):
+                    os.unlink(partial)
+                if error.errno in _FINAL:
+                    return self._give_up(error.strerror)
+                if attempt == 2:
+                    logger.warning("%s could not be written to the frame cache (%s).", path, error.strerror)
+                    return
+        if self._written is None:  # processes that live short sweep as often, for what they wrote, as others
+            self._written = random.uniform(0, self.limit / _SWEEP_SHARE)
+        self._written += size
+        if self._written > self.limit / _SWEEP_SHARE:
             self._written = 0
             self.sweep()
 
-    def _write(self, path: Path, *parts: bytes | memoryview) -> None:
-        if self._broken:
-            return
-        partial = None
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-            with os.fdopen(handle, "wb") as file:
-                for part in parts:
-                    file.write(part)
-            os.replace(partial, path)
-        except OSError as error:
-            self._broken = True
-            logger.warning(
-                "The frame cache %s cannot be written (%s). Training goes on and decodes clips anew in every epoch.",
-                self.folder,
-                error.strerror,
-            )
-            if partial is not None:
-                with contextlib.suppress(OSError):
-                    os.unlink(partial)
+    def _give_up(self, reason: str) -> None:
+        self._broken = True
+        logger.warning(
+            "The frame cache %s takes no more (%s). All goes on, and clips that it does not hold are decoded each time "
+            "they are shown.",
+            self.folder,
+            reason,
+        )
 
     def sweep(self) -> None:
         """Let the oldest entries leave if the limit is near; one process at a time."""
         with contextlib.suppress(OSError), open(self.folder / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            entries = sorted(_entries(self.folder / "frames"))
+            if fcntl is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            entries = sorted([*_entries(self.folder / "frames"), *_entries(self.folder / "files")])
             total = sum(size for _, size, _ in entries)
             goal = self.limit * _LOW if total > self.limit * _HIGH else total
             for used, size, path in entries:
@@ -200,15 +244,11 @@ class FrameCache:
     def write_file(self, path: str, file: VideoFile) -> None:
         """Keep what is known of a video file."""
         facts = {"version": _VERSION, "path": os.path.abspath(path), "file": asdict(file)}
-        self._write(self._facts(path), json.dumps(facts, ensure_ascii=False).encode())
+        self._write(self._facts(path), json.dumps(facts, ensure_ascii=False).encode("utf-8", "replace"))
 
     def _facts(self, path: str) -> Path:
         key = xxhash.xxh3_128_hexdigest(os.fsencode(os.path.abspath(path)))
         return self._path("files", f"{key}.json")
-
-    def content(self, path: str, stamp: tuple[int, int]) -> str:
-        """A hash of a file's content; `stamp` is `probe.file_stamp`'s."""
-        return _content(path, stamp)
 
     def size(self) -> CacheSize:
         """Count what is there."""
@@ -216,8 +256,10 @@ class FrameCache:
         return CacheSize(len(frames), sum(frames), sum(1 for _ in _entries(self.folder / "files")))
 
     def clear(self) -> CacheSize:
-        """Remove everything; what it was."""
+        """Remove all entries; what they were."""
         size = self.size()
         for kind in ("frames", "files"):
-            shutil.rmtree(self.folder / kind, ignore_errors=True)
+            for _, _, path in list(_entries(self.folder / kind)):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
         return size

@@ -1,16 +1,18 @@
 """A clip -> its plan, and its planned frames. Training, chat and evaluation have no other way to either."""
 
+import functools
 import io
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
+import xxhash
 
 from ..data.conversation import Clip, decode_clip
-from .cache import FrameCache, frame_key
+from .cache import FrameCache, content_hash, frame_key
 from .decode import DisagreementError, count_by_decoding, decode_frames, resize_frame, start
 from .probe import ClipError, VideoFile, file_stamp, open_picture, picture_size, probe
 from .sampling import ClipInfo, FramePlan, Sampling, SamplingError, plan_frames
@@ -18,7 +20,7 @@ from .sampling import ClipInfo, FramePlan, Sampling, SamplingError, plan_frames
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
-_KNOWN_FILES = 65536  # files whose facts are kept in memory
+_KNOWN_FILES = 8192  # files whose facts are kept in memory
 _ATTEMPTS = 4  # a clip that is replaced this often while it is read is given up
 
 
@@ -60,6 +62,11 @@ def as_clip(video: Any) -> Clip:
     return Clip(path=video)
 
 
+def plan_digest(plan: FramePlan) -> str:
+    """A few letters that tell a plan from others."""
+    return xxhash.xxh3_64_hexdigest(repr(plan).encode())
+
+
 class ClipReader:
     """Plans and reads clips as one recipe says.
 
@@ -79,6 +86,9 @@ class ClipReader:
     ) -> None:
         self.sampling, self.cache, self.timeout, self.threads = sampling, cache, timeout, threads
         self._files: dict[str, VideoFile] = {}
+
+    def __reduce__(self) -> tuple:
+        return ClipReader, (self.sampling, self.cache, self.timeout, self.threads)
 
     def plan(self, video: Any) -> FramePlan:
         """What is shown of a clip, without decoding it.
@@ -107,6 +117,11 @@ class ClipReader:
             file = self._file(clip)
             for _ in range(_ATTEMPTS):
                 plan = self._plan(clip, file)
+                if clip.planned and clip.planned != plan_digest(plan):
+                    raise ClipError(
+                        "is shown otherwise than its prompt tells, which was made before the file was replaced or found "
+                        "damaged; `overwrite_cache: true` makes prompts anew"
+                    )
                 try:
                     return ShownClip(plan, self._frames(clip, file, plan), str(clip))
                 except DisagreementError as error:
@@ -141,6 +156,11 @@ class ClipReader:
         self.show(clip)
         return True
 
+    def note(self, clip: Clip) -> str:
+        """What a person should know of a clip's file that was read before, such as how much of it is lost."""
+        known = self._files.get(clip.path) if isinstance(clip.path, str) else None
+        return "" if known is None else known.note
+
     def _plan(self, clip: Clip, file: VideoFile | None) -> FramePlan:
         sampling = clip.sampling(self.sampling)
         info = _pictures_info(clip, sampling.fps) if file is None else file.info
@@ -159,21 +179,23 @@ class ClipReader:
         known = self._files.get(path)
         if known is not None and known.stamp == stamp:
             return known
-        file = self.cache and self.cache.read_file(path, stamp)
+        file = None if self.cache is None else self.cache.read_file(path, stamp)
+        stored = file is not None
         if file is None:
             file = self._limited(lambda: probe(path, self.timeout))
-            if self.cache is not None:
-                self.cache.write_file(path, file)
         if known is not None:
             logger.warning("%s has been replaced since it was last read; it is read anew.", path)
-        elif file.note:
+        if file.note:
             logger.warning("%s: %s.", path, file.note)
-        self._remember(path, file)
+        self._keep(path, file, stored)
         return file
 
-    def _remember(self, path: str, file: VideoFile) -> None:
+    def _keep(self, path: str, file: VideoFile, stored: bool = False) -> None:
+        """Remember a file's facts, on disk too if they are not stored there."""
         if len(self._files) >= _KNOWN_FILES:
             self._files.pop(next(iter(self._files)))
+        if self.cache is not None and not stored:
+            self.cache.write_file(path, file)
         self._files[path] = file
 
     def _count(self, clip: Clip, file: VideoFile) -> VideoFile:
@@ -182,28 +204,36 @@ class ClipReader:
         if counted.note != file.note:
             logger.warning("%s: %s.", clip, counted.note)
         if isinstance(clip.path, str):
-            self._remember(clip.path, counted)
-            if self.cache is not None:
-                self.cache.write_file(clip.path, counted)
+            self._keep(clip.path, counted)
         return counted
 
     def _key(self, clip: Clip, file: VideoFile | None, plan: FramePlan) -> str | None:
         """The key of the plan's frames in the cache; None for uploads, and if there is no cache."""
-        sources = [clip.path] if file is not None else [clip.frames[i] for i in plan.indices]
-        if self.cache is None or not all(isinstance(source, str) for source in sources):
+        if self.cache is None:
             return None
-        stamps = [file.stamp] if file is not None else [file_stamp(source) for source in sources]
-        contents = [self.cache.content(source, stamp) for source, stamp in zip(sources, stamps, strict=True)]
-        return frame_key(contents, file, plan)
+        if file is None:
+            pictures = [clip.frames[i] for i in plan.indices]
+            if not all(isinstance(picture, str) for picture in pictures):
+                return None
+            return frame_key([content_hash(picture, file_stamp(picture)) for picture in pictures], None, plan)
+        if not isinstance(clip.path, str):
+            return None
+        if not file.content:
+            file = replace(file, content=content_hash(clip.path, file.stamp))
+            self._keep(clip.path, file)
+        return frame_key([file.content], file, plan)
 
     def _frames(self, clip: Clip, file: VideoFile | None, plan: FramePlan) -> np.ndarray:
+        shape = (len(plan.indices), plan.height, plan.width, 3)
         key = self._key(clip, file, plan)
-        frames = None if key is None else self.cache.read(key)
+        frames = None if key is None else self.cache.read(key, shape)
         if frames is not None:
             return frames
         if file is None:
             pictures = [np.asarray(open_picture(clip.frames[i])) for i in plan.indices]
             frames = np.stack([resize_frame(picture, plan) for picture in pictures])
+            if key is not None and key != self._key(clip, file, plan):
+                raise ClipError("its pictures are replaced while they are read")
         else:
             threads = _fair_threads() if self.threads is None else self.threads
             frames = self._limited(lambda: decode_frames(clip.path, file, plan, threads, self.timeout))
@@ -224,8 +254,16 @@ class ClipReader:
             raise ClipError(f"the decoder hangs: nothing came within video_timeout, {self.timeout:g} s") from None
 
 
+@functools.lru_cache(maxsize=65536)
+def _picture_size(path: str, stamp: tuple[int, int]) -> tuple[int, int]:
+    return picture_size(path)
+
+
 def _pictures_info(clip: Clip, default_rate: float) -> ClipInfo:
-    sizes = {picture_size(frame) for frame in clip.frames}
+    sizes = {
+        _picture_size(frame, file_stamp(frame)) if isinstance(frame, str) else picture_size(frame)
+        for frame in clip.frames
+    }
     if len(sizes) > 1:
         raise ClipError(f"frames differ in size, {sorted(sizes)} (h, w); they must be alike")
     height, width = sizes.pop()
@@ -246,4 +284,9 @@ def _fair_threads() -> int:
 
     worker = get_worker_info()
     readers = (worker.num_workers if worker else 1) * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(4, len(os.sched_getaffinity(0)) // readers))
+    return max(1, min(4, usable_cores() // readers))
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -43,6 +43,10 @@ class DisagreementError(Exception):
     """What a file yields is not what its packets promised."""
 
 
+class SeekError(Exception):
+    """A file's index does not lead to its key frames."""
+
+
 def resize_frame(frame: np.ndarray, plan: FramePlan) -> np.ndarray:
     """One frame at its planned size, by the resizing of transformers' video processor or of qwen-vl-utils.
 
@@ -105,20 +109,27 @@ def decode_frames(
             read(functools.partial(_by_order, tolerant=True), 1)
         else:
             with open_container(source, timeout, packets_only=True) as container:
-                packets = packets_of(source, container, video_stream(container))
+                packets = packets_of(source, file.stamp, container, video_stream(container))
             if packets.num_frames != file.info.num_frames:
                 raise DisagreementError("has other packets than when it was probed")
             if packets.in_order:
                 read(functools.partial(_by_order, tolerant=False), threads)
             else:
                 wanted = sorted(places)
-                shares = _shares(_runs(packets, packets.position[wanted]), threads if isinstance(source, str) else 1)
-                finds = [functools.partial(_by_time, packets=packets, wanted=wanted, runs=runs) for runs in shares]
-                # Groups of pictures are decoded side by side: a decoder's own threads wait for one another.
-                others = [start(functools.partial(read, find, threads // len(shares))) for find in finds[1:]]
-                read(finds[0], threads // len(shares))
-                for wait in others:
-                    wait(None)
+                runs = _runs(packets, packets.position[wanted])
+                shares = _shares(runs, threads if isinstance(source, str) else 1)
+                find = functools.partial(_by_time, packets=packets, wanted=wanted)
+                finds = [functools.partial(find, runs=share) for share in shares]
+                try:
+                    # Groups of pictures are decoded side by side: a decoder's own threads wait for one another.
+                    others = [start(functools.partial(read, find, threads // len(shares))) for find in finds[1:]]
+                    read(finds[0], threads // len(shares))
+                    for wait in others:
+                        wait(None)
+                except SeekError:
+                    wanted = sorted(places)
+                    runs = _runs(packets, packets.position[wanted])
+                    read(functools.partial(find, wanted=wanted, runs=runs, seeks=False), threads)
     except av.FFmpegError as error:
         raise DisagreementError(f"cannot be decoded ({error.strerror})") from error
     if places:
@@ -268,12 +279,17 @@ def _by_time(
     packets: Packets,
     wanted: list[int],
     runs: list[tuple[int, int]],
+    seeks: bool = True,
 ) -> Iterator[tuple[int, av.VideoFrame]]:
     """The wanted frames of some runs with their numbers in order of presentation, told apart by their time stamps.
 
     Args:
         wanted: frame numbers.
         runs: of packets, in their order.
+        seeks: otherwise what lies between runs is read, and not decoded.
+
+    Raises:
+        SeekError: if a key frame cannot be found by seeking.
     """
     numbers = dict(zip(packets.pts[packets.position[wanted]].tolist(), wanted, strict=True))
     refers = _reference_test(stream)
@@ -283,14 +299,11 @@ def _by_time(
             if position:
                 yield from _named(stream.decode(None), numbers)
                 stream.codec_context.flush_buffers()
-            if not 0 <= begin - position < _SEEK_GAP:
-                container.seek(int(packets.pts[begin]), stream=stream)
-                demuxer = container.demux(stream)
-                packet = next(demuxer)
-                if packet.pts != packets.pts[begin]:
-                    raise DisagreementError("its index leads to another key frame")
-                yield from _named(stream.decode(packet), numbers)
-                position = begin + 1
+            if seeks and begin - position >= _SEEK_GAP:
+                demuxer, packet, position = _seek(container, stream, packets, begin)
+                if position == begin:
+                    yield from _named(stream.decode(packet), numbers)
+                position += 1
         while position < end:
             tick()
             packet = next(demuxer)
@@ -302,6 +315,26 @@ def _by_time(
                 yield from _named(stream.decode(packet), numbers)
             position += 1
     yield from _named(stream.decode(None), numbers)
+
+
+def _seek(
+    container: av.container.InputContainer, stream: av.VideoStream, packets: Packets, begin: int
+) -> tuple[Iterator[av.Packet], av.Packet, int]:
+    """Seek to a key frame, or before it: not every container has an index that leads to it exactly.
+
+    Returns:
+        The packets from there on, the first of them, and its position.
+    """
+    keys = np.flatnonzero(packets.keys[: begin + 1])
+    for back in (1, 2, 4):
+        target = int(keys[-back]) if back <= len(keys) else 0
+        container.seek(int(packets.pts[target]), stream=stream)
+        demuxer = container.demux(stream)
+        packet = next(demuxer)
+        found = np.flatnonzero(packets.pts == packet.pts) if packet.size and packet.pts is not None else ()
+        if len(found) == 1 and found[0] <= begin:
+            return demuxer, packet, int(found[0])
+    raise SeekError
 
 
 def _runs(packets: Packets, positions: np.ndarray) -> list[tuple[int, int]]:

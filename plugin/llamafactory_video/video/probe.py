@@ -71,6 +71,7 @@ class VideoFile:
         note: what a person should know of the file, such as how much of it is lost.
         damaged: some of its frames are lost.
         stamp: size in bytes and time of the last change in ns, as the file was when probed.
+        content: a hash of its content, once it was needed.
     """
 
     info: ClipInfo
@@ -81,6 +82,7 @@ class VideoFile:
     note: str = ""
     damaged: bool = False
     stamp: tuple[int, int] = (0, 0)
+    content: str = ""
 
 
 @dataclass(frozen=True)
@@ -220,19 +222,27 @@ def _scan(container: av.container.InputContainer, stream: av.VideoStream) -> Pac
     return Packets(array, np.array(keys), np.array(shown), seconds, in_order, lost)
 
 
-def packets_of(source: str | BinaryIO, container: av.container.InputContainer, stream: av.VideoStream) -> Packets:
+def packets_of(
+    source: str | BinaryIO,
+    stamp: tuple[int, int],
+    container: av.container.InputContainer,
+    stream: av.VideoStream,
+) -> Packets:
     """All packets of a video's stream, of which none is decoded; reads the container to its end.
 
     A file that was probed just before is not read again.
 
+    Args:
+        stamp: `file_stamp` of the file before it was opened.
+
     Raises:
         ClipError: if there are none.
     """
-    key = (source, file_stamp(source)) if isinstance(source, str) else None
+    key = (source, stamp) if isinstance(source, str) else None
     packets = _recent.get(key)
     if packets is None:
         packets = _scan(container, stream)
-        if key is not None:
+        if key is not None and file_stamp(source) == stamp:
             if len(_recent) >= _RECENT:
                 _recent.pop(next(iter(_recent)), None)
             _recent[key] = packets
@@ -287,14 +297,16 @@ def probe(source: str | BinaryIO, timeout: float | None = None) -> VideoFile:
     try:
         with open_container(source, timeout, packets_only=True) as container:
             stream = video_stream(container)
-            packets = packets_of(source, container, stream)
+            packets = packets_of(source, stamp, container, stream)
             orientation = Orientation()
             if "mp4" in container.format.name:
                 orientation = _track_orientation(source, stream.id)
             size = stream.height, stream.width
             info = describe(stream, packets.seconds, orientation, size)
             note = f"only {info.num_frames} frames can be read: {packets.lost}" if packets.lost else ""
-            return VideoFile(info, *size, orientation, note=note, damaged=bool(note), stamp=stamp)
+            file = VideoFile(info, *size, orientation, note=note, damaged=bool(note), stamp=stamp)
+        # A file replaced meanwhile is described by nothing of this.
+        return probe(source, timeout) if isinstance(source, str) and file_stamp(source) != stamp else file
     except av.FFmpegError as error:
         raise ClipError(f"is not a video that can be read ({error.strerror})") from error
 
