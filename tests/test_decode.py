@@ -389,12 +389,10 @@ def counts(monkeypatch):
     real_open, real_stream = decode.open_container, decode.video_stream
     monkeypatch.setattr(decode, "open_container", lambda *a, **k: Spy(real_open(*a, **k), found))
     monkeypatch.setattr(decode, "video_stream", lambda container: Spy(real_stream(container.real), found))
+    packets_of = decode.packets_of
     monkeypatch.setattr(
-        decode, "packets_of", lambda source, container, stream: real_packets(source, container, stream)
+        decode, "packets_of", lambda path, stamp, box, stream: packets_of(path, stamp, box.real, stream.real)
     )
-    real_packets = lambda source, container, stream: decode_packets(source, container.real, stream.real)  # noqa: E731
-    from llamafactory_video.video.probe import packets_of as decode_packets
-
     return found
 
 
@@ -836,3 +834,12 @@ def test_pictures_that_are_none_or_huge_are_refused(tmp_path, content):
     if content[16:] == png(9000, 9000)[16:]:
         with pytest.raises(ClipError, match="9000 x 9000; at most"):
             picture_size(str(path))
+
+
+@pytest.mark.parametrize("name", ["mpeg2.ts", "h264.ts", "mpeg4.avi", "h264.flv"])
+def test_containers_whose_index_leads_elsewhere_are_not_counted(tmp_path, monkeypatch, name):
+    """With B frames, a seek in these lands beside the key frame; parts are skipped all the same."""
+    codec = {"mpeg2": "mpeg2video", "h264": "libx264", "mpeg4": "mpeg4"}[name.split(".")[0]]
+    path = write(tmp_path / name, codec=codec, options={"bf": "2", "g": "12"}, frames=400, rate=25)
+    monkeypatch.setattr(clip_module, "count_by_decoding", lambda *args: pytest.fail("counted"))
+    check(path, clips=[{"start": start, "end": 15.5, "max_frames": 4} for start in (2.0, 9.0, 14.0)])
