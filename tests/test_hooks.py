@@ -260,6 +260,75 @@ def test_too_long_is_said_and_never_cut(home, tmp_path):
         dataset(home, tmp_path, cutoff_len=16, neat_packing=True)
 
 
+@pytest.mark.parametrize("keys", [{}, {"neat_packing": True}, {"streaming": True, "max_steps": 2}], ids=str)
+def test_what_is_shrunk_is_told_in_every_mode(home, tmp_path, keys):
+    from llamafactory_video.data.loader import DatasetError
+
+    keys = {"cutoff_len": 90, "video_min_pixels": 131072, "video_max_pixels": 262144, **keys}
+    with pytest.raises(DatasetError, match="training: 6 of 6 records cannot be shown whole"):
+        dataset(home, tmp_path, **keys)
+    data, _, _ = dataset(home, tmp_path, video_fit="shrink", **keys)
+    report = (tmp_path / "out" / "shrunk_records_training.txt").read_text(encoding="utf-8")
+    assert len(report.splitlines()) == 6
+    assert not (tmp_path / "out" / "too_long_records_training.txt").exists()
+    assert all(len(sample["input_ids"]) <= 91 for sample in data["train_dataset"])
+
+
+def collator(module, template):
+    from llamafactory.data import SFTDataCollatorWith4DAttentionMask
+
+    return SFTDataCollatorWith4DAttentionMask(
+        template=template, pad_to_multiple_of=8, label_pad_token_id=-100, block_diag_attn=True, **module
+    )
+
+
+def test_packed_prompts_and_pixels_agree_or_stop(home, tmp_path):
+    """A clip replaced after its prompt was made, by one of as many tokens and other times."""
+    media = tmp_path / "media"
+    media.mkdir()
+    for clip in home.glob("*.mp4"):
+        write_clip(media / clip.name)
+    keys = {"neat_packing": True, "media_dir": str(media), "cutoff_len": 90}
+    data, module, template = dataset(home, tmp_path, **keys)
+    packed = list(data["train_dataset"])
+    assert collator(module, template)([dict(packed[0])])["video_grid_thw"].numel()
+    for clip in media.glob("*.mp4"):
+        write_clip(clip, frames=24, fps=2)
+    with pytest.raises(ValueError, match="is shown otherwise than its prompt tells"):
+        collator(module, template)([dict(packed[0])])
+
+
+def test_lengths_are_asked_for_without_decoding(home, tmp_path, monkeypatch):
+    """As `group_by_length` and the saving of predictions do."""
+    from llamafactory_video.video import clip as clip_module
+
+    decoded = []
+    decode = clip_module.decode_frames
+    monkeypatch.setattr(clip_module, "decode_frames", lambda *args: decoded.append(args) or decode(*args))
+    data, module, template = dataset(home, tmp_path, video_cache=False)
+    items = [data["train_dataset"][i] for i in range(6)]
+    assert all(item["input_ids"] for item in items)
+    assert not decoded
+    batch = collator(module, template)(items[:2])
+    assert decoded and len(batch["video_grid_thw"]) == len(decoded)
+
+
+def test_other_templates_have_no_cache(home, tmp_path, capfd):
+    with pytest.raises(ValueError, match="video_cache_dir works with `template: qwen3_vl_video`"):
+        dataset(
+            home, tmp_path, template="qwen3_vl", video_sampling="llamafactory", video_cache_dir="x", dataset="texts"
+        )
+    _, module, _ = dataset(home, tmp_path, template="qwen3_vl", video_sampling="llamafactory", dataset="texts")
+    assert module["processor"].clip_reader.cache is None
+    assert "Frame cache" not in capfd.readouterr().out
+
+
+def test_a_cache_that_cannot_be_used_stops_nothing(home, tmp_path):
+    (tmp_path / "file").touch()
+    data, _, _ = dataset(home, tmp_path, video_cache_dir=str(tmp_path / "file" / "cache"))
+    assert data["train_dataset"][0]["show"]()["videos"]
+
+
 def test_answers_in_lines(home, tmp_path):
     data, module, _ = dataset(home, tmp_path, answer_json_indent=2)
     assert said(module, data["train_dataset"][0]) == '{\n  "标签": [\n    "凯"\n  ]\n}<|im_end|>\n'

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from ..arguments import resolve_sampling
-from .sampling import ClipInfo, FramePlan, Sampling, SamplingError, plan_frames
+from .sampling import ClipInfo, FramePlan, Sampling, SamplingError, plan_frames, utils_frame_bounds
 
 SOURCES, TARGETS = ("command", "message", "environment", "recipe"), ("recipe", "command", "message")
 EXAMPLE = ClipInfo(900, 60.0, 15.0, 720, 1280)
@@ -479,7 +479,9 @@ def _ordered(mapped: Mapped) -> Mapped:
 def to_command(mapped: Mapped, info: ClipInfo = EXAMPLE) -> dict[str, Any]:
     """The official trainer's flags; what they cannot say is noted."""
     clip = mapped.clips[0] if mapped.clips else {}
-    sampling, plan = mapped.sampling(clip), mapped.plan(info, clip)
+    sampling = mapped.sampling(clip)
+    # Where pixels count a frame, the whole clip's depend on how many frames it has: on the example's.
+    plan = None if sampling.dialect == "qwen_finetune" else mapped.plan(info, clip)
     recipe, training = dict(mapped.recipe), "stage" in mapped.recipe or "do_train" in mapped.recipe
     if training:
         missing = dict(_RECIPE_DEFAULTS)
@@ -523,12 +525,13 @@ def to_command(mapped: Mapped, info: ClipInfo = EXAMPLE) -> dict[str, Any]:
     return flags
 
 
-def _sampling_flags(mapped: Mapped, sampling: Sampling, plan: FramePlan) -> dict[str, Any]:
+def _sampling_flags(mapped: Mapped, sampling: Sampling, plan: FramePlan | None) -> dict[str, Any]:
     """The flags on sampling, all of them: where a recipe is silent, the official trainer's defaults are others."""
-    frames, least, most = len(plan.indices), sampling.min_pixels, sampling.max_pixels
-    if sampling.dialect != "qwen_finetune":
+    least, most = sampling.min_pixels, sampling.max_pixels
+    if plan is not None:
+        frames = len(plan.indices)
         if sampling.dialect == "qwen_vl_utils":
-            least, limit = frame_limit(sampling, frames)
+            least, limit = utils_frame_bounds(sampling, frames)
             most = min(limit, most or limit)
         if sampling.resized_height is not None:
             least = most = plan.height * plan.width
@@ -547,13 +550,6 @@ def _sampling_flags(mapped: Mapped, sampling: Sampling, plan: FramePlan) -> dict
         "min_pixels": mapped.recipe.get("image_min_pixels", images[0]),
         "max_pixels": mapped.recipe.get("image_max_pixels", images[1]),
     }
-
-
-def frame_limit(sampling: Sampling, frames: int) -> tuple[int, float]:
-    """Least pixels of a frame in `qwen_vl_utils`, and the limit above which its max_pixels has no effect."""
-    low = sampling.min_pixels or _FRAME_TOKENS[0] * _TOKEN
-    total = sampling.total_pixels or 128000 * _TOKEN * 0.9
-    return low, max(min(_FRAME_TOKENS[1] * _TOKEN, total / frames * 2), int(low * 1.05))
 
 
 def command_text(flags: dict[str, Any]) -> str:
@@ -626,6 +622,8 @@ def _read_clip(item: dict[str, Any], mapped: Mapped) -> dict[str, Any]:
             raise MappingError("video is an empty list of frames")
         rates = [_typed(name, item.pop(name), float) for name in ("raw_fps", "sample_fps") if name in item]
         clip["frame_rate"] = rates[0] if rates else 2.0
+        if not clip["frame_rate"] > 0:
+            raise MappingError(f"sample_fps or raw_fps is {clip['frame_rate']:g}; it must be above 0")
         mapped.note("frame_rate", _SAID["frame_rate"])
     elif "sample_fps" in item:
         rate = item.pop("sample_fps")
@@ -784,7 +782,10 @@ def shown_text(plan: FramePlan) -> str:
 
 def _compare(mapped: Mapped, other: Mapped, info: ClipInfo) -> None:
     """Say whether the first clip is shown alike under what was read and under what is written."""
-    own = mapped.plan(info, mapped.clips[0] if mapped.clips else None)
+    try:
+        own = mapped.plan(info, mapped.clips[0] if mapped.clips else None)
+    except ExampleError as error:
+        return mapped.note("example clip", str(error))
     try:
         theirs = other.plan(info, other.clips[0] if other.clips else None)
     except MappingError as error:
@@ -814,7 +815,7 @@ def clip_plans(mapped: Mapped, info: ClipInfo) -> list[FramePlan]:
             mapped.note("video_min_frames", _SAID["denser"].format(seconds, sampling.fps, sampling.min_frames))
         if sampling.dialect == "qwen_vl_utils" and sampling.max_pixels:
             frames = len(plan.indices)
-            limit = frame_limit(sampling, frames)[1]
+            limit = utils_frame_bounds(sampling, frames)[1]
             if sampling.max_pixels > limit:
                 mapped.note("max_pixels", _SAID["over"].format(sampling.max_pixels, frames, limit))
     if mapped.dialect == "llamafactory":

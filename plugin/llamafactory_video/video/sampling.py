@@ -248,6 +248,18 @@ def utils_smart_resize(height: int, width: int, factor: int, min_pixels: float, 
     return new_height, new_width
 
 
+def utils_frame_bounds(sampling: Sampling, frames: int) -> tuple[int, float]:
+    """Least pixels of a frame in `qwen_vl_utils`, and the limit above which its max_pixels has no effect.
+
+    Args:
+        frames: shown of the clip.
+    """
+    token = sampling.factor**2
+    least = sampling.min_pixels or _UTILS_FRAME_TOKENS[0] * token
+    total = sampling.total_pixels or _UTILS_CONTEXT_TOKENS * token * 0.9
+    return least, max(min(_UTILS_FRAME_TOKENS[1] * token, total / frames * 2), int(least * 1.05))
+
+
 def _check_ratio(height: int, width: int) -> None:
     if max(height, width) > 200 * min(height, width):
         raise SamplingError(f"frames are {width} x {height}; one side may be at most 200 times the other")
@@ -430,9 +442,7 @@ def _utils_size(info: ClipInfo, sampling: Sampling, shown: int) -> tuple[int, in
         pre_size = height, width = utils_smart_resize(*(fixed or (height, width)), 2 * sampling.factor, least, most)
     if fixed is not None:
         return *utils_smart_resize(*fixed, sampling.factor, *image_bounds), pre_size
-    least = sampling.min_pixels or _UTILS_FRAME_TOKENS[0] * token
-    total = sampling.total_pixels or _UTILS_CONTEXT_TOKENS * token * 0.9
-    limit = max(min(_UTILS_FRAME_TOKENS[1] * token, total / shown * 2), int(least * 1.05))
+    least, limit = utils_frame_bounds(sampling, shown)
     size = utils_smart_resize(height, width, sampling.factor, least, min(sampling.max_pixels or limit, limit))
     return *size, pre_size
 
@@ -513,9 +523,7 @@ def _most_tokens(sampling: Sampling, frames: int) -> int:
     elif sampling.resized_height is not None:
         area = _UTILS_IMAGE_TOKENS[1] * token
     else:
-        least = sampling.min_pixels or _UTILS_FRAME_TOKENS[0] * token
-        total = sampling.total_pixels or _UTILS_CONTEXT_TOKENS * token * 0.9
-        area = max(min(_UTILS_FRAME_TOKENS[1] * token, total / frames * 2), least * 1.05)
+        area = max(utils_frame_bounds(sampling, frames))
     # Sides are rounded up to whole tokens; with sides of 200 : 1 that adds the most.
     area += sampling.factor * math.sqrt(area) * (math.sqrt(200) + math.sqrt(1 / 200)) + token
     return math.ceil((frames + frames % 2) / 2 * (area / token + _TIME_TOKENS))
