@@ -369,13 +369,9 @@ def _clip_reader(processor: Any) -> "ClipReader":
     if reader is None:
         found = "no processor" if processor is None else type(processor).__name__
         raise ValueError(f"template {TEMPLATE} needs a Qwen3-VL model with its processor files; found {found}")
-    keys = processor.__dict__.pop("frame_cache_keys", None)
-    if keys is not None:
-        from llamafactory.extras import logging
-
-        from .arguments import frame_cache
-
-        reader.cache = frame_cache(keys, logging.get_logger(__name__).info_rank0)
+    make_cache = processor.__dict__.pop("make_frame_cache", None)
+    if make_cache is not None:
+        reader.cache = make_cache()
     return reader
 
 
@@ -514,7 +510,7 @@ def _model_patcher(patcher: ModuleType) -> None:
     def patch_processor(processor: Any, tokenizer: Any, model_args: Any) -> None:
         stock(processor, tokenizer, model_args)
         if type(processor).__name__ == "Qwen3VLProcessor" and hasattr(model_args, "given_video_keys"):
-            from .arguments import apply_to_processor, take_trained_processors
+            from .arguments import apply_to_processor, frame_cache, take_trained_processors
             from .video.clip import ClipReader
 
             if model_args.video_sampling == "qwen_finetune":
@@ -526,7 +522,8 @@ def _model_patcher(patcher: ModuleType) -> None:
                 model_args.video_sampling, model_args.given_video_keys, processor, model_args.video_timestamps
             )
             processor.clip_reader = ClipReader(sampling, timeout=model_args.video_timeout)
-            processor.frame_cache_keys = model_args  # the cache is made when a template of ours asks for the reader
+            # The cache is made when a template of ours asks for the reader.
+            processor.make_frame_cache = functools.partial(frame_cache, model_args, patcher.logger.info_rank0)
 
     _replace(patcher, "patch_processor", patch_processor)
 
