@@ -5,6 +5,7 @@ that no other frame refers to are left out: in usual H.264 and H.265 files that 
 """
 
 import functools
+import os
 import queue
 import struct
 import threading
@@ -144,14 +145,12 @@ def start(work: Callable[[], Result]) -> Callable[[float | None], Result]:
         A function that waits for its result at most so many seconds, and raises what the work raised, or TimeoutError.
     """
     done: queue.SimpleQueue = queue.SimpleQueue()
-
-    def run() -> None:
-        try:
-            done.put((work(), None))
-        except BaseException as error:
-            done.put((None, error))
-
-    threading.Thread(target=run, daemon=True, name="read a clip").start()
+    try:
+        jobs = _idle.pop()
+    except IndexError:
+        jobs = queue.SimpleQueue()
+        threading.Thread(target=_serve, args=(jobs,), daemon=True, name="read clips").start()
+    jobs.put((work, done))
 
     def wait(timeout: float | None) -> Result:
         try:
@@ -163,6 +162,24 @@ def start(work: Callable[[], Result]) -> Callable[[float | None], Result]:
         return result
 
     return wait
+
+
+# Jobs of threads that have nothing to do. A new thread for each clip would leave OpenMP's own behind, which torch makes.
+_idle: list[queue.SimpleQueue] = []
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_idle.clear)
+
+
+def _serve(jobs: queue.SimpleQueue) -> None:
+    while True:
+        work, done = jobs.get()
+        try:
+            outcome = work(), None
+        except BaseException as error:
+            outcome = None, error
+        _idle.append(jobs)
+        done.put(outcome)
+        del work, done, outcome  # frames are not held until the next job
 
 
 def _shares(runs: list[tuple[int, int]], count: int) -> list[list[tuple[int, int]]]:
