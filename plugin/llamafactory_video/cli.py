@@ -26,17 +26,19 @@ def check(recipe: Path, overrides: list[str]) -> int:
         raise ValueError(f"{recipe} names no data set; give a training recipe")
     for name, part in parts.items():
         found = list(measure_all(part, encoder, range(len(part)), None))
-        sizes = [measured for measured in found if not measured.problem]
+        sizes = [measured for measured in found if measured.tokens]
         problems = [measured.problem for measured in found if measured.problem]
         changes = [measured.change for measured in found if measured.change]
-        if sizes:
+        if any(not measured.problem for measured in found):
             example = encoder.encode(part[next(i for i, measured in enumerate(found) if not measured.problem)])
             print(f"\n{name}, as the model sees it:\n{encoder.describe(example)}")
         print(f"\n{name}: {len(part)} records")
         for title, numbers in (
-            ("tokens", [measured.tokens for measured in sizes] or [0]),
-            ("visual tokens", [measured.visual for measured in sizes] or [0]),
+            ("tokens", [measured.tokens for measured in sizes]),
+            ("visual tokens", [measured.visual for measured in sizes]),
         ):
+            if not numbers:
+                break
             print(
                 f"  {title + ' of a record':<28} least {min(numbers):>6}   "
                 f"median {statistics.median(numbers):>8.0f}   most {max(numbers):>6}"
@@ -47,6 +49,8 @@ def check(recipe: Path, overrides: list[str]) -> int:
         print(f"  cutoff_len {encoder.cutoff_len}; records that cannot be trained on: {len(problems)}")
         print("\n".join(f"    {problem}" for problem in problems), end="\n" if problems else "")
         wrong += len(problems)
+    if wrong:
+        print(f"\n{wrong} records in all cannot be trained on; they are listed above.")
     return wrong
 
 
@@ -127,7 +131,10 @@ def map_settings(words: list[str], kind: str | None, target: str, clip: str | No
     if text == "-":
         text = sys.stdin.read()
     elif len(words) == 1 and _is_file(text):
-        text = Path(text).read_text(encoding="utf-8-sig")
+        try:
+            text = Path(text).read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise MappingError(f"{text} is not a text file; an example clip goes behind --clip") from error
     elif len(words) == 1 and not re.search(r"=|^--|^\s*[\[{]|\s", text):
         raise MappingError(f"no file {text}")
     if clip is not None:
@@ -196,6 +203,8 @@ def main() -> None:
             sys.exit(f"lmf-video: {error}")
     os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
     try:
+        if options.recipe is not None and not options.recipe.is_file():
+            raise ValueError(f"no file {options.recipe}; give a recipe, such as recipes/wzry_full.yaml")
         if options.command == "check":
             sys.exit(1 if check(options.recipe, options.overrides) else 0)
         if options.action == "build":
@@ -206,7 +215,8 @@ def main() -> None:
     except (ValueError, OSError, yaml.YAMLError) as error:
         sys.exit(f"lmf-video: {error}")
     except KeyboardInterrupt:
-        sys.exit("lmf-video: stopped; what is done is kept, and the next call goes on from there")
+        print("lmf-video: stopped; what is done is kept, and the next call goes on from there", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

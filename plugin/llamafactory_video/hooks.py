@@ -105,6 +105,8 @@ def last_whole_checkpoint(folder: str) -> str | None:
 
 
 def _check_keys_fit_template(model_args: Any, data_args: Any) -> None:
+    if data_args.video_fit not in ("error", "shrink"):
+        raise ValueError(f"video_fit is {data_args.video_fit}; known are error, shrink")
     if data_args.template in (TEMPLATE, THINKING_TEMPLATE):
         if data_args.packing and not data_args.neat_packing:
             raise ValueError("packing lets samples attend to each other; use `neat_packing: true` instead")

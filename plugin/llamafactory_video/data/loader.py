@@ -74,11 +74,12 @@ class DatasetError(ValueError):
 
     Attributes:
         wrong: how many records are wrong.
+        lengths: tokens, and visual ones among them, of a record that is too long.
     """
 
-    def __init__(self, message: str, wrong: int = 1) -> None:
+    def __init__(self, message: str, wrong: int = 1, lengths: tuple[int, int] = (0, 0)) -> None:
         super().__init__(message)
-        self.wrong = wrong
+        self.wrong, self.lengths = wrong, lengths
 
 
 @dataclass(frozen=True)
@@ -553,16 +554,21 @@ class RecordEncoder:
         clips, change = [as_clip(video) for video in row["_videos"] or ()], ""
         ids, labels, plans = self._encode(row, clips)
         if len(ids) > self.cutoff_len:
+            lengths = len(ids), self.visual_tokens(ids)
             said = (
-                f"{_source(row)}: {len(ids)} tokens, {self.visual_tokens(ids)} of them visual, are more than cutoff_len "
+                f"{_source(row)}: {lengths[0]} tokens, {lengths[1]} of them visual, are more than cutoff_len "
                 f"{self.cutoff_len}"
             )
             smaller = self._fit(row, clips, plans)
             if smaller is None:
                 least = "; even its smallest clips do not fit" if clips else ""
-                raise DatasetError(f"{said}{least}; raise cutoff_len to {len(ids)}, or shorten its text")
+                raise DatasetError(
+                    f"{said}{least}; raise cutoff_len to {len(ids)}, or shorten its text", lengths=lengths
+                )
             if not self.shrink:
-                raise DatasetError(f"{said}; raise cutoff_len to {len(ids)}, or set {_differences(clips, smaller)}")
+                raise DatasetError(
+                    f"{said}; raise cutoff_len to {len(ids)}, or set {_differences(clips, smaller)}", lengths=lengths
+                )
             ids, labels, plans = self._encode(row, smaller)
             change = f"{said}: now {len(ids)}, with {_differences(clips, smaller)}"
             clips = smaller
@@ -703,7 +709,7 @@ def _measure(encoder: RecordEncoder, row: dict[str, Any]) -> Measured:
     try:
         sample = encoder.encode(row)
     except DatasetError as error:
-        return Measured(problem=str(error))
+        return Measured(*error.lengths, problem=str(error))
     ids = sample["input_ids"]
     return Measured(len(ids), encoder.visual_tokens(ids), change=sample["change"])
 

@@ -716,6 +716,8 @@ def read_environment(variables: dict[str, str], flags: dict[str, Any] | None = N
     given = {name: value for name, value in variables.items() if name in ENVIRONMENT}
     if not given:
         raise MappingError(f"none of the variables is known; known are {', '.join(ENVIRONMENT)}")
+    for name in (name for name in variables if name not in given):
+        mapped.note(name, "not a variable that is known here; left out")
     for name, raw in given.items():
         entry = ENVIRONMENT[name]
         mapped.note(name, entry.note)

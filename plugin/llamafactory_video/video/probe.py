@@ -303,7 +303,8 @@ def probe(source: str | BinaryIO, timeout: float | None = None) -> VideoFile:
                 orientation = _track_orientation(source, stream.id)
             size = stream.height, stream.width
             info = describe(stream, packets.seconds, orientation, size)
-            note = f"only {info.num_frames} frames can be read: {packets.lost}" if packets.lost else ""
+            promised = f" of {stream.frames}" if stream.frames > info.num_frames else ""
+            note = f"only {info.num_frames}{promised} frames can be read: {packets.lost}" if packets.lost else ""
             file = VideoFile(info, *size, orientation, note=note, damaged=bool(note), stamp=stamp)
         # A file replaced meanwhile is described by nothing of this.
         return probe(source, timeout) if isinstance(source, str) and file_stamp(source) != stamp else file
