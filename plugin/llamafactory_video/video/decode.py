@@ -117,20 +117,20 @@ def decode_frames(
                 read(functools.partial(_by_order, tolerant=False), threads)
             else:
                 wanted = sorted(places)
-                runs = _runs(packets, packets.position[wanted])
-                shares = _shares(runs, threads if isinstance(source, str) else 1)
+                shares = _shares(_runs(packets, packets.position[wanted]), threads if isinstance(source, str) else 1)
                 find = functools.partial(_by_time, packets=packets, wanted=wanted)
-                finds = [functools.partial(find, runs=share) for share in shares]
-                try:
-                    # Groups of pictures are decoded side by side: a decoder's own threads wait for one another.
-                    others = [start(functools.partial(read, find, threads // len(shares))) for find in finds[1:]]
-                    read(finds[0], threads // len(shares))
-                    for wait in others:
-                        wait(None)
-                except SeekError:
-                    wanted = sorted(places)
-                    runs = _runs(packets, packets.position[wanted])
-                    read(functools.partial(find, wanted=wanted, runs=runs, seeks=False), threads)
+
+                def read_share(runs: list[tuple[int, int]]) -> None:
+                    try:
+                        read(functools.partial(find, runs=runs), threads // len(shares))
+                    except SeekError:
+                        read(functools.partial(find, runs=runs, seeks=False), threads // len(shares))
+
+                # Groups of pictures are decoded side by side: a decoder's own threads wait for one another.
+                others = [start(functools.partial(read_share, share)) for share in shares[1:]]
+                read_share(shares[0])
+                for wait in others:
+                    wait(None)
     except av.FFmpegError as error:
         raise DisagreementError(f"cannot be decoded ({error.strerror})") from error
     if places:
