@@ -1,10 +1,11 @@
 """A clip -> its plan, and its planned frames. Training, chat and evaluation have no other way to either."""
 
+import contextlib
 import functools
 import io
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ from ..data.conversation import Clip, decode_clip
 from .cache import FrameCache, content_hash, frame_key
 from .decode import DisagreementError, count_by_decoding, decode_frames, resize_frame, start
 from .probe import ClipError, VideoFile, file_stamp, open_picture, picture_size, probe
-from .sampling import ClipInfo, FramePlan, Sampling, SamplingError, plan_frames
+from .sampling import ClipInfo, FramePlan, Sampling, SamplingError, mean_rate, plan_frames
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -31,12 +32,10 @@ class ShownClip:
     Attributes:
         plan: which frames, when, how large.
         frames: (T, plan.height, plan.width, 3) uint8.
-        name: for messages.
     """
 
     plan: FramePlan
     frames: np.ndarray
-    name: str = ""
 
 
 def as_clip(video: Any) -> Clip:
@@ -65,6 +64,15 @@ def as_clip(video: Any) -> Clip:
 def plan_digest(plan: FramePlan) -> str:
     """A few letters that tell a plan from others."""
     return xxhash.xxh3_64_hexdigest(repr(plan).encode())
+
+
+@contextlib.contextmanager
+def _naming(clip: Clip) -> Iterator[None]:
+    """Errors name the clip."""
+    try:
+        yield
+    except (SamplingError, ClipError) as error:
+        raise ClipError(f"{clip}: {error}") from error
 
 
 class ClipReader:
@@ -99,10 +107,8 @@ class ClipReader:
         if isinstance(video, ShownClip):
             return video.plan
         clip = as_clip(video)
-        try:
+        with _naming(clip):
             return self._plan(clip, self._file(clip))
-        except (SamplingError, ClipError) as error:
-            raise ClipError(f"{clip}: {error}") from error
 
     def show(self, video: Any) -> ShownClip:
         """A clip's plan and its frames, which agree: a clip that yields other frames than planned is planned anew.
@@ -113,7 +119,7 @@ class ClipReader:
         if isinstance(video, ShownClip):
             return video
         clip = as_clip(video)
-        try:
+        with _naming(clip):
             file = self._file(clip)
             for _ in range(_ATTEMPTS):
                 plan = self._plan(clip, file)
@@ -123,7 +129,7 @@ class ClipReader:
                         "damaged; `overwrite_cache: true` makes prompts anew"
                     )
                 try:
-                    return ShownClip(plan, self._frames(clip, file, plan), str(clip))
+                    return ShownClip(plan, self._frames(clip, file, plan))
                 except DisagreementError as error:
                     assert file is not None  # pictures have nothing to disagree with
                     if isinstance(clip.path, str) and file_stamp(clip.path) != file.stamp:
@@ -133,8 +139,6 @@ class ClipReader:
                     else:
                         file = self._count(clip, file)
             raise ClipError("changes while it is read")
-        except (SamplingError, ClipError) as error:
-            raise ClipError(f"{clip}: {error}") from error
 
     def store(self, video: Any) -> bool:
         """Have a clip's frames in the cache.
@@ -146,11 +150,9 @@ class ClipReader:
             ClipError: naming the clip, if it cannot be read or shown.
         """
         clip = as_clip(video)
-        try:
+        with _naming(clip):
             file = self._file(clip)
             key = self._key(clip, file, self._plan(clip, file))
-        except (SamplingError, ClipError) as error:
-            raise ClipError(f"{clip}: {error}") from error
         if key is not None and self.cache.holds(key):
             return False
         self.show(clip)
@@ -164,7 +166,7 @@ class ClipReader:
     def _plan(self, clip: Clip, file: VideoFile | None) -> FramePlan:
         sampling = clip.sampling(self.sampling)
         info = _pictures_info(clip, sampling.fps) if file is None else file.info
-        if file is not None and file.damaged and info.num_frames < sampling.min_frames:
+        if file is not None and file.note and info.num_frames < sampling.min_frames:
             raise ClipError(f"{file.note}, fewer than video_min_frames, {sampling.min_frames}; replace it")
         return plan_frames(info, sampling, clip.start, clip.end)
 
@@ -268,14 +270,10 @@ def _pictures_info(clip: Clip, default_rate: float) -> ClipInfo:
         raise ClipError(f"frames differ in size, {sorted(sizes)} (h, w); they must be alike")
     height, width = sizes.pop()
     count = len(clip.frames)
-    if clip.times:
-        times = tuple(time - clip.times[0] for time in clip.times)
-        # Rounded, for times such as 0.1666…: int(n / 6.0000001 * fps) would be one frame short.
-        rate = round((count - 1) / times[-1], 6) if count > 1 else default_rate
-        return ClipInfo(count, rate, count / rate, height, width, times, pictures=True)
+    times = tuple(time - clip.times[0] for time in clip.times)
     # LLaMA-Factory takes a list without a rate to be sampled already, at video_fps.
-    rate = clip.frame_rate or default_rate
-    return ClipInfo(count, rate, count / rate, height, width, pictures=True)
+    rate = mean_rate(count, times[-1]) if len(times) > 1 else clip.frame_rate or default_rate
+    return ClipInfo(count, rate, count / rate, height, width, times, pictures=True)
 
 
 def _fair_threads() -> int:

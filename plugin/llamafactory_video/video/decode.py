@@ -28,6 +28,7 @@ from .probe import (
     Packets,
     VideoFile,
     describe,
+    known_packets,
     open_container,
     packets_of,
     video_stream,
@@ -109,8 +110,10 @@ def decode_frames(
         if file.counted:  # damaged pictures come out alike only in one thread
             read(functools.partial(_by_order, tolerant=True), 1)
         else:
-            with open_container(source, timeout, packets_only=True) as container:
-                packets = packets_of(source, file.stamp, container, video_stream(container))
+            packets = known_packets(source, file.stamp)
+            if packets is None:
+                with open_container(source, timeout, packets_only=True) as container:
+                    packets = packets_of(source, file.stamp, container, video_stream(container))
             if packets.num_frames != file.info.num_frames:
                 raise DisagreementError("has other packets than when it was probed")
             if packets.in_order:
@@ -220,10 +223,9 @@ def count_by_decoding(source: str | BinaryIO, file: VideoFile, timeout: float | 
     except av.FFmpegError as error:
         raise ClipError(f"cannot be decoded ({error.strerror})") from error
     lost = file.info.num_frames - info.num_frames
-    note, damaged = file.note, file.damaged
+    note = file.note
     if lost > 0:
         note = f"damaged: {info.num_frames} of {file.info.num_frames} frames can be decoded, {lost} are lost"
-        damaged = True
     return replace(
         file,
         info=info,
@@ -232,7 +234,6 @@ def count_by_decoding(source: str | BinaryIO, file: VideoFile, timeout: float | 
         orientation=orientation,
         counted=True,
         note=note,
-        damaged=damaged,
     )
 
 

@@ -19,7 +19,7 @@ import av
 import numpy as np
 from PIL import Image, ImageOps
 
-from .sampling import ClipInfo
+from .sampling import ClipInfo, mean_rate
 
 # The greatest frame or picture that is decoded, in pixels: twice what 8K has.
 MAX_FRAME_PIXELS = 1 << 26
@@ -68,8 +68,7 @@ class VideoFile:
         height, width: of its stored frames, in pixels.
         orientation: how they are turned.
         counted: `info` comes from decoding, since packets told it wrong or the file is damaged.
-        note: what a person should know of the file, such as how much of it is lost.
-        damaged: some of its frames are lost.
+        note: how much of it is lost, for a person; "" if nothing is.
         stamp: size in bytes and time of the last change in ns, as the file was when probed.
         content: a hash of its content, once it was needed.
     """
@@ -80,7 +79,6 @@ class VideoFile:
     orientation: Orientation = Orientation()
     counted: bool = False
     note: str = ""
-    damaged: bool = False
     stamp: tuple[int, int] = (0, 0)
     content: str = ""
 
@@ -222,6 +220,11 @@ def _scan(container: av.container.InputContainer, stream: av.VideoStream) -> Pac
     return Packets(array, np.array(keys), np.array(shown), seconds, in_order, lost)
 
 
+def known_packets(source: str | BinaryIO, stamp: tuple[int, int]) -> Packets | None:
+    """The packets of a file that was probed just before, or None."""
+    return _recent.get((source, stamp)) if isinstance(source, str) else None
+
+
 def packets_of(
     source: str | BinaryIO,
     stamp: tuple[int, int],
@@ -238,14 +241,13 @@ def packets_of(
     Raises:
         ClipError: if there are none.
     """
-    key = (source, stamp) if isinstance(source, str) else None
-    packets = _recent.get(key)
+    packets = known_packets(source, stamp)
     if packets is None:
         packets = _scan(container, stream)
-        if key is not None and file_stamp(source) == stamp:
+        if isinstance(source, str) and file_stamp(source) == stamp:
             if len(_recent) >= _RECENT:
                 _recent.pop(next(iter(_recent)), None)
-            _recent[key] = packets
+            _recent[source, stamp] = packets
     return packets
 
 
@@ -266,7 +268,7 @@ def frame_rate(seconds: np.ndarray, header: Fraction | None, tick: float) -> tup
     for rate in (header, round(measured), Fraction(round(measured * 1.001) * 1000, 1001), measured):
         if rate and np.abs(seconds - seconds[0] - numbers / float(rate)).max() <= min(tick, _ROUNDING) + 1e-9:
             return float(rate), True
-    return round(float(measured), 6), False
+    return mean_rate(n, float(seconds[-1] - seconds[0])), False
 
 
 def describe(
@@ -305,7 +307,7 @@ def probe(source: str | BinaryIO, timeout: float | None = None) -> VideoFile:
             info = describe(stream, packets.seconds, orientation, size)
             promised = f" of {stream.frames}" if stream.frames > info.num_frames else ""
             note = f"only {info.num_frames}{promised} frames can be read: {packets.lost}" if packets.lost else ""
-            file = VideoFile(info, *size, orientation, note=note, damaged=bool(note), stamp=stamp)
+            file = VideoFile(info, *size, orientation, note=note, stamp=stamp)
         # A file replaced meanwhile is described by nothing of this.
         return probe(source, timeout) if isinstance(source, str) and file_stamp(source) != stamp else file
     except av.FFmpegError as error:

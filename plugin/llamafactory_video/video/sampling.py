@@ -181,6 +181,14 @@ class FramePlan:
         return [(self.times[i] + self.times[i + size - 1]) / 2 for i in range(0, len(self.times), size)]
 
 
+def mean_rate(frames: int, seconds: float) -> float:
+    """Frames per second where the last of some frames begins so many seconds after the first.
+
+    Rounded, for times such as 0.1666…: int(n / 6.0000001 * fps) would be one frame short.
+    """
+    return round((frames - 1) / seconds, 6)
+
+
 def smart_resize(
     height: int,
     width: int,
@@ -388,8 +396,7 @@ def plan_frames(info: ClipInfo, sampling: Sampling, start: float | None = None, 
     if utils and info.pictures:
         indices = list(span)  # a list of pictures counts as sampled already
     elif info.times and info.times[span[-1]] > info.times[span[0]]:
-        # Rounded, for times such as 0.1666…: int(n / 6.0000001 * fps) would be one frame short.
-        fps = round((n - 1) / (info.times[span[-1]] - info.times[span[0]]), 6)
+        fps = mean_rate(n, info.times[span[-1]] - info.times[span[0]])
         count = count_frames(n, fps, n / fps, sampling)
         indices = _nearest(info.times, span, sample_positions(n, count, sampling, span[0]))
     else:
