@@ -340,7 +340,7 @@ def test_supervision_switches(home, tmp_path):
     plain, prompt = plain["train_dataset"][0], prompt["train_dataset"][0]
     assert plain["input_ids"] == prompt["input_ids"]
     text = [token for token in prompt["input_ids"] if token != module["processor"].video_token_id]
-    assert [label for label in prompt["labels"] if label >= 0] == text
+    assert [label for label in prompt["labels"] if label >= 0] == text[1:]  # nothing stands before the first
     turns, _, _ = dataset(home, tmp_path, dataset="tools")
     last, _, _ = dataset(home, tmp_path, dataset="tools", mask_history=True)
     assert "tool_call" in said(module, turns["train_dataset"][0])
@@ -354,6 +354,8 @@ def test_supervision_switches(home, tmp_path):
         ({"max_samples": 0}, "the data set is empty"),
         ({"tokenized_path": "x"}, "tokenized_path has no use"),
         ({"template": "qwen3_vl"}, "video_sampling works with `template: qwen3_vl_video`"),
+        ({"loss_normalization": "token"}, "loss_normalization is token; known are tokens, micro_batches"),
+        ({"gradient_check": "no"}, "gradient_check is no; known are error, warn, off"),
         ({"video_max_frames": 8, "video_maxlen": 9}, "two names for one setting"),
         ({"video_max_frames": 8, "video_min_frames": 9}, "video_min_frames is 9 and video_max_frames 8"),
         ({"image_max_pixels": 100}, "image_min_pixels is 65536 and image_max_pixels 100"),

@@ -139,6 +139,21 @@ class VideoFinetuningKeys:
             "`learning_rate` if not given."
         },
     )
+    loss_normalization: Literal["tokens", "micro_batches"] = field(
+        default="tokens",
+        metadata={
+            "help": "`tokens`: each supervised token of a step counts alike, however the step is cut into micro-batches "
+            "and processes, as in Qwen's official trainer. `micro_batches`: the mean of the micro-batches' means, as "
+            "LLaMA-Factory has it."
+        },
+    )
+    gradient_check: Literal["error", "warn", "off"] = field(
+        default="error",
+        metadata={
+            "help": "What happens when modules that should be trained have no gradient, a zero one or one that is not "
+            "finite after the first step: they are named, and the run stops (`error`) or goes on (`warn`)."
+        },
+    )
 
 
 def resolve_sampling(dialect: str, given: dict[str, Any], video_processor: Any, timestamps: str = "pts") -> Sampling:

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from .video.clip import ClipReader
 
 TEMPLATE, THINKING_TEMPLATE, FORMATTING = "qwen3_vl_video", "qwen3_vl_video_thinking", "video_conversation"
-CUSTOM_OPTIMIZERS = ("use_galore", "use_apollo", "loraplus_lr_ratio", "use_badam", "use_adam_mini", "use_muon")
 SUPPORTED_VERSIONS = "0.9.5"
 
 
@@ -61,7 +60,8 @@ def _hparams_parser(parser: ModuleType) -> None:
     def checked(parse: Callable) -> Callable:
         def parse_and_check(args: Any = None) -> tuple:
             parsed = parse(args)
-            _check_keys_fit_template(parsed[0], parsed[1])
+            finetuning_args = next(p for p in parsed if hasattr(p, "finetuning_type"))
+            _check_keys_fit_template(parsed[0], parsed[1], finetuning_args)
             if parsed[1].template in (TEMPLATE, THINKING_TEMPLATE):
                 _check_folders(parser.logger, parsed[0], *(p for p in parsed if hasattr(p, "do_train")))
             return parsed
@@ -70,7 +70,13 @@ def _hparams_parser(parser: ModuleType) -> None:
 
     for name in ("_parse_train_args", "_parse_infer_args"):
         _replace(parser, name, checked(getattr(parser, name)))
-    _replace(parser, "get_last_checkpoint", last_whole_checkpoint)
+
+    def get_last_checkpoint(folder: str) -> str | None:
+        from .train.checkpoint import last_whole_checkpoint
+
+        return last_whole_checkpoint(folder)
+
+    _replace(parser, "get_last_checkpoint", get_last_checkpoint)
 
 
 def _check_folders(logger: Any, model_args: Any, training_args: Any = None) -> None:
@@ -91,22 +97,15 @@ def _check_folders(logger: Any, model_args: Any, training_args: Any = None) -> N
         )
 
 
-def last_whole_checkpoint(folder: str) -> str | None:
-    """The newest checkpoint that was written to its end; one that a kill cut short has no trainer_state.json."""
-    steps = [name for path in Path(folder).glob("checkpoint-*") if (name := path.name.partition("-")[2]).isdecimal()]
-    for step in sorted(steps, key=int, reverse=True):
-        path = Path(folder, f"checkpoint-{step}")
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-            return str(path)
-        except (OSError, ValueError):
-            continue
-    return None
-
-
-def _check_keys_fit_template(model_args: Any, data_args: Any) -> None:
-    if data_args.video_fit not in ("error", "shrink"):
-        raise ValueError(f"video_fit is {data_args.video_fit}; known are error, shrink")
+def _check_keys_fit_template(model_args: Any, data_args: Any, finetuning_args: Any) -> None:
+    words = {
+        "video_fit": (data_args.video_fit, ("error", "shrink")),
+        "loss_normalization": (finetuning_args.loss_normalization, ("tokens", "micro_batches")),
+        "gradient_check": (finetuning_args.gradient_check, ("error", "warn", "off")),
+    }
+    for name, (found, known) in words.items():
+        if found not in known:
+            raise ValueError(f"{name} is {found}; known are {', '.join(known)}")
     if data_args.template in (TEMPLATE, THINKING_TEMPLATE):
         if data_args.packing and not data_args.neat_packing:
             raise ValueError("packing lets samples attend to each other; use `neat_packing: true` instead")
@@ -124,6 +123,8 @@ def _check_keys_fit_template(model_args: Any, data_args: Any) -> None:
         "video_min_frames": model_args.video_min_frames is not None,
         "video_total_pixels": model_args.video_total_pixels is not None,
         "video_fit": data_args.video_fit != "error",
+        "loss_normalization": finetuning_args.loss_normalization != "tokens",
+        "gradient_check": finetuning_args.gradient_check != "error",
         "video_cache_dir": model_args.video_cache_dir is not None,
         "video_cache_gb": model_args.video_cache_gb is not None,
     }
@@ -245,6 +246,7 @@ def _data_loader(loader: ModuleType) -> None:
 
         if dataset_names is data_args.dataset:  # the first of two calls; the second is for evaluation
             checked.clear()
+            streamed.clear()
             names = [*(data_args.dataset or ()), *(data_args.eval_dataset or ())]
             errors = []
             for name, attr in zip(names, loader.get_dataset_list(names, data_args.dataset_dir), strict=True):
@@ -310,12 +312,19 @@ def _data_loader(loader: ModuleType) -> None:
         if first is None:
             raise ValueError("the data set is empty; check max_samples and val_size")
         if training_args.process_index == 0:
+            from datasets import concatenate_datasets
+
             from .data.loader import check_lengths
 
+            if not data_args.streaming:
+                records = dataset
+            elif streamed:  # of all data sets, those for evaluation too
+                records = concatenate_datasets(streamed)
+            else:
+                records = []
+            name, report_dir = "evaluation" if is_eval else "training", Path(training_args.output_dir)
             workers = data_args.preprocessing_num_workers
-            for part in streamed if data_args.streaming else [dataset]:
-                name, report_dir = "evaluation" if is_eval else "training", Path(training_args.output_dir)
-                check_lengths(part, encoder, name, workers, report_dir, loader.logger.warning_rank0)
+            check_lengths(records, encoder, name, workers, report_dir, loader.logger.warning_rank0)
         streamed.clear()
         if data_args.packing and not is_eval:
             return preprocess(dataset, data_args, training_args, stage, template, tokenizer, processor, is_eval)
@@ -492,11 +501,13 @@ def _data_collator(collator: ModuleType) -> None:
         def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
             # Frames are read here, once a batch is wanted: what asks for lengths alone decodes nothing.
             features = [feature["show"]() if "show" in feature else feature for feature in features]
+            shown = [sum(len(feature.get(kind) or ()) for feature in features) for kind in ("images", "videos")]
             batch = super().__call__(features)
             if hasattr(self.template, "thinking"):
                 from .model.template import token_type_ids
 
                 batch["mm_token_type_ids"] = token_type_ids(batch["input_ids"], self.processor)
+                batch["shown"] = shown  # images and clips; the trainer takes it out
             return batch
 
     _replace(collator, "SFTDataCollatorWith4DAttentionMask", SFTDataCollatorWith4DAttentionMask)
@@ -554,38 +565,49 @@ def _sft_trainer(trainer: ModuleType) -> None:
     _replace(trainer, "CustomSeq2SeqTrainer", CustomSeq2SeqTrainer)
 
 
+def _sft_workflow(workflow: ModuleType) -> None:
+    """Where the template is ours: our trainer, and a process that fails stops the others."""
+    stock = workflow.CustomSeq2SeqTrainer
+
+    def make_trainer(**kwargs: Any) -> Any:
+        if not hasattr(kwargs["data_collator"].template, "thinking"):
+            return stock(**kwargs)
+        from .train.trainer import VideoTrainer
+
+        class VideoSeq2SeqTrainer(VideoTrainer, stock):
+            pass
+
+        keys = kwargs["finetuning_args"]
+        return VideoSeq2SeqTrainer(
+            loss_normalization=keys.loss_normalization,
+            gradient_check=keys.gradient_check,
+            log=workflow.logger.warning_rank0,
+            **kwargs,
+        )
+
+    run_stock = workflow.run_sft
+
+    def run_sft(model_args: Any, data_args: Any, *args: Any, **kwargs: Any) -> None:
+        if data_args.template not in (TEMPLATE, THINKING_TEMPLATE):
+            run_stock(model_args, data_args, *args, **kwargs)
+            return
+        from .train.failure import stopping_together
+
+        with stopping_together():
+            run_stock(model_args, data_args, *args, **kwargs)
+
+    workflow.CustomSeq2SeqTrainer = make_trainer
+    _replace(workflow, "run_sft", run_sft)
+
+
 def _train_optimizer(trainer_utils: ModuleType) -> None:
     """Learning rates by module."""
     stock = trainer_utils.create_custom_optimizer
 
     def create_custom_optimizer(model: Any, training_args: Any, finetuning_args: Any) -> Any:
-        custom = stock(model, training_args, finetuning_args)
-        vision, projector = (getattr(finetuning_args, key, None) for key in ("vision_tower_lr", "mm_projector_lr"))
-        if vision is None and projector is None:
-            return custom
-        if custom is not None:
-            asked = [key for key in CUSTOM_OPTIMIZERS if getattr(finetuning_args, key, None)]
-            raise ValueError(
-                f"vision_tower_lr and mm_projector_lr do not work with {', '.join(asked)}, which makes its own groups "
-                "of parameters; remove one or the other"
-            )
-        from transformers import Trainer
+        from .train.optimizer import make_optimizer
 
-        from .train.optimizer import describe_groups, parameter_groups
-
-        rate = training_args.learning_rate
-        rates = {
-            "vision_tower": rate if vision is None else vision,
-            "mm_projector": rate if projector is None else projector,
-            "language_model": rate,
-        }
-        decay = Trainer.get_decay_parameter_names(None, model)
-        groups = parameter_groups(model.named_parameters(), decay, rates, training_args.weight_decay)
-        trainer_utils.logger.info_rank0(describe_groups(groups))
-        optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(training_args, model)
-        if {"params", "model", "optimizer_dict"} & options.keys():
-            raise ValueError(f"vision_tower_lr and mm_projector_lr do not work with optim: {training_args.optim}")
-        return optimizer_class(groups, **options)
+        return make_optimizer(stock, model, training_args, finetuning_args, trainer_utils.logger.info_rank0)
 
     _replace(trainer_utils, "create_custom_optimizer", create_custom_optimizer)
 
@@ -748,6 +770,10 @@ TABLE: dict[str, tuple[dict[str, str], Callable[[ModuleType], None]]] = {
     "llamafactory.train.sft.trainer": (
         {"CustomSeq2SeqTrainer.save_predictions": "dataset predict_results skip_special_tokens"},
         _sft_trainer,
+    ),
+    "llamafactory.train.sft.workflow": (
+        {"CustomSeq2SeqTrainer": "", "logger": "", "run_sft": "model_args data_args"},
+        _sft_workflow,
     ),
     "llamafactory.chat.chat_model": ({"run_chat": "", "ChatModel.stream_chat": "messages images videos"}, _chat_model),
 }

@@ -575,6 +575,7 @@ class RecordEncoder:
         if not self.generation and self.train_on_prompt:
             pads = (self.processor.image_token_id, self.processor.video_token_id)
             labels = [IGNORE_INDEX if token in pads else token for token in ids]
+            labels[0] = IGNORE_INDEX  # nothing tells it, and the loss is divided by the number of labels
         elif not self.generation and self.last_turn_only:
             last = max((i for i, label in enumerate(labels) if label == IGNORE_INDEX), default=-1)
             labels = [IGNORE_INDEX] * (last + 1) + labels[last + 1 :]

@@ -1,0 +1,110 @@
+"""Proof at the start of a run that everything which should learn gets a gradient."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+
+from .optimizer import module_of
+
+MISSING, ZERO = -1.0, 0.0
+
+
+class GradientError(RuntimeError):
+    """Modules that should learn and cannot."""
+
+
+class GradientAudit:
+    """The largest gradient of every layer with trainable parameters, taken as it is computed.
+
+    A layer is the module that holds the parameter; with LoRA, the module that is adapted: one of an adapter's two
+    matrices starts at zero, so in the first step the other has no gradient, and that is right.
+
+    Args:
+        named_parameters: of the whole model.
+        from_hooks: take gradients on their way to the parameters, where an engine may take them away afterwards
+            (DeepSpeed). Otherwise `take` is called when they are there (FSDP2, whose gradients are of other tensors).
+
+    Attributes:
+        pending: layers that are not judged yet.
+        shown: set it when a micro-batch shows a clip or picture; without one anywhere, vision is judged in a later
+            step.
+    """
+
+    def __init__(self, named_parameters: Iterable[tuple[str, torch.nn.Parameter]], from_hooks: bool) -> None:
+        self._parameters = [(_layer(name), p) for name, p in named_parameters if p.requires_grad]
+        self._largest: dict[str, torch.Tensor] = {}
+        self.shown = False
+        self.pending = list(dict.fromkeys(layer for layer, _ in self._parameters))
+        self._handles = [
+            p.register_hook(lambda gradient, layer=layer: self._note(layer, gradient))
+            for layer, p in self._parameters
+            if from_hooks
+        ]
+
+    def _note(self, layer: str, gradient: torch.Tensor) -> None:
+        largest = torch.nan_to_num(gradient.detach().abs().max().float(), nan=torch.inf, posinf=torch.inf)
+        before = self._largest.get(layer)
+        self._largest[layer] = largest if before is None else torch.maximum(before, largest)
+
+    def take(self) -> None:
+        """Take the gradients that the parameters hold now; of sharded ones, this process's part."""
+        for layer, parameter in self._parameters:
+            if parameter.grad is not None:
+                gradient = parameter.grad
+                local = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+                if local.numel():
+                    self._note(layer, local)
+
+    def check(self, device: torch.device, scaled: bool = False) -> dict[str, list[str]]:
+        """Judge the layers that this step can tell about, on all processes together, and forget its gradients.
+
+        Args:
+            device: where the processes' backend works.
+            scaled: with fp16 loss scaling, the first gradients may overflow; they are judged in a later step.
+
+        Returns:
+            Layers by fault: "missing", "zero", "not finite"; empty if all is well.
+        """
+        values = [self._largest.get(layer) for layer in self.pending]
+        numbers = torch.stack(
+            [torch.tensor(float(self.shown), device=device)]
+            + [torch.tensor(MISSING, device=device) if v is None else v.to(device) for v in values]
+        )
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        shown, *found = numbers.tolist()
+        self._largest.clear()
+        self.shown = False
+        faults: dict[str, list[str]] = {"missing": [], "zero": [], "not finite": []}
+        later = []
+        for layer, largest in zip(self.pending, found, strict=True):
+            if (not shown and module_of(layer) != "language_model") or (scaled and largest == torch.inf):
+                later.append(layer)
+            elif largest == MISSING:
+                faults["missing"].append(layer)
+            elif largest == ZERO:
+                faults["zero"].append(layer)
+            elif largest == torch.inf:
+                faults["not finite"].append(layer)
+        self.pending = later
+        if not later:
+            for handle in self._handles:
+                handle.remove()
+        return {fault: layers for fault, layers in faults.items() if layers}
+
+
+def describe_faults(faults: dict[str, list[str]]) -> str:
+    """One line a kind of fault; layers that differ in their number alone are told together."""
+    lines = []
+    for fault, layers in faults.items():
+        alike = Counter(re.sub(r"\.\d+(?=\.|$)", ".*", layer) for layer in layers)
+        names = [f"{name} ({count} layers)" if count > 1 else name for name, count in alike.items()]
+        lines.append(f"  gradient {fault}: {', '.join(names)}")
+    return "\n".join(lines)
+
+
+def _layer(name: str) -> str:
+    return name.split(".lora_")[0] if ".lora_" in name else name.rpartition(".")[0]

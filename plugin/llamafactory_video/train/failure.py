@@ -1,0 +1,59 @@
+"""A process that fails stops all the others at once, on every node, by name.
+
+Without it they wait in their next collective until its time-out: torchrun ends the processes of its own node only. The
+failing process leaves its error in the rendezvous store, and a thread of every process looks there twice a second. No
+collective is added to training.
+"""
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+
+_KEY = "llamafactory_video/failure"
+_INTERVAL = 0.5  # seconds
+
+
+@contextlib.contextmanager
+def stopping_together() -> Iterator[None]:
+    """What fails in this block stops the processes of the whole run; in a run of one process it does nothing.
+
+    Reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as torchrun and LLaMA-Factory's Ray workers set them. The
+    others end with exit status 1 after one line on stderr, whatever they are waiting in.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "MASTER_PORT" not in os.environ:
+        yield
+        return
+    ended = threading.Event()
+    threading.Thread(target=_watch, args=(ended,), daemon=True, name="failure-watch").start()
+    try:
+        yield
+    except BaseException as error:
+        ended.set()
+        with contextlib.suppress(Exception):  # the store is gone where its process is
+            _connect().set(_KEY, f"process {os.environ['RANK']} failed: {type(error).__name__}: {error}")
+            time.sleep(3 * _INTERVAL)  # process 0 may hold the store: the others read before it goes
+        raise
+    finally:
+        ended.set()
+
+
+def _connect():
+    """A connection of this thread's own to the store of the run."""
+    from torch.distributed import TCPStore
+
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return TCPStore(host, port, is_master=False, timeout=timedelta(minutes=30))
+
+
+def _watch(ended: threading.Event) -> None:
+    with contextlib.suppress(Exception):  # without the store, what is left is each engine's own time-out
+        store = _connect()
+        while not ended.wait(_INTERVAL):
+            if store.check([_KEY]):
+                failure = store.get(_KEY).decode()
+                print(f"{failure}\nThis process ({os.environ['RANK']}) stops with it.", file=sys.stderr, flush=True)
+                os._exit(1)  # the main thread may hang in a collective, which no exception reaches

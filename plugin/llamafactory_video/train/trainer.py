@@ -1,0 +1,245 @@
+"""transformers' Trainer with a loss by token, an audit, whole checkpoints and figures while it trains.
+
+What LLaMA-Factory's trainer adds comes between this class and transformers' own (hooks.py).
+"""
+
+import contextlib
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
+
+from ..model.vision import call_vision_once
+from .audit import GradientAudit, GradientError, describe_faults
+from .checkpoint import UNFINISHED, check_room, explain
+from .optimizer import group_rows, group_table
+from .throughput import Throughput
+
+IGNORE_INDEX = -100
+RATE_NAMES = {"language_model": "learning_rate", "vision_tower": "vision_tower_lr", "mm_projector": "mm_projector_lr"}
+
+# transformers loads the optimizer of several processes to its device; on the CPU that is "cpu:0", unknown to torch.load.
+torch.serialization.register_package(
+    100, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
+)
+
+
+class VideoTrainer(Trainer):
+    """Trainer of Qwen3-VL on batches of our collator.
+
+    Args:
+        loss_normalization: "tokens": the sum over supervised tokens of the whole step, on all processes, divided by
+            their number, as Qwen's official trainer has it; it does not depend on how the step is cut into
+            micro-batches. "micro_batches": the mean of the micro-batches' means, as LLaMA-Factory has it.
+        gradient_check: what happens when a module that should learn has no usable gradient after the first step.
+        processor: saved with each checkpoint, before the checkpoint takes its name.
+        log: takes a line for the person who runs this.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        loss_normalization: Literal["tokens", "micro_batches"] = "tokens",
+        gradient_check: Literal["error", "warn", "off"] = "error",
+        log: Callable[[str], None] = print,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if loss_normalization == "tokens" and self.compute_loss_func is None:
+            self.compute_loss_func = self.token_loss
+        self._saved_processor = kwargs.get("processor")
+        self._gradient_check, self._tell = gradient_check, log
+        self._audit: GradientAudit | None = None
+        self._throughput: Throughput | None = None
+        self._rates: dict[str, float] = {}
+        self._evaluated: list[torch.Tensor] = []
+        self._saving = False
+        for module in self.model.modules():
+            if type(module).__name__ in ("Qwen3VLModel", "Qwen3VLMoeModel"):
+                call_vision_once(module)
+        self.add_callback(_StepWatch(self))
+
+    # --- Loss ---
+
+    def token_loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Cross entropy of the tokens after each position.
+
+        Args:
+            outputs: with `logits` (batch, tokens, vocabulary).
+            labels: (batch, tokens); -100 where nothing is learnt.
+            num_items_in_batch: supervised tokens of the whole step; evaluation does not need it.
+        """
+        logits = outputs["logits"].float()
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).to(logits.device)
+        losses = F.cross_entropy(
+            logits.flatten(0, 1),
+            targets.flatten(),
+            ignore_index=IGNORE_INDEX,
+            reduction="none",
+            label_smoothing=self.args.label_smoothing_factor,
+        )
+        if self.model.training:
+            return losses.sum() / num_items_in_batch
+        rows = torch.stack([losses.view_as(targets).sum(1), targets.ne(IGNORE_INDEX).sum(1)], dim=1)
+        self._evaluated.append(self.accelerator.gather_for_metrics(rows.detach()))
+        return rows[:, 0].sum() / rows[:, 1].sum()
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """The loss is the mean over all supervised tokens; transformers' is a mean over batches."""
+        self._evaluated = []
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self._evaluated:
+            loss, tokens = torch.cat(self._evaluated).double().sum(0).tolist()
+            output.metrics[f"{metric_key_prefix}_loss"] = loss / tokens
+        return output
+
+    # --- A step ---
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """Micro-batches of a step; the time until they are there is the time of waiting for data."""
+        if self._throughput is None:
+            self._throughput = Throughput(self.model, self.args.device)
+        self._throughput.start()
+        started = time.perf_counter()
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._throughput.waited += time.perf_counter() - started
+        return batches, items
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        shown = inputs.pop("shown", (0, 0))
+        if self._audit is not None and any(shown):
+            self._audit.shown = True
+        if self._throughput is not None and self.model.training:
+            self._throughput.add(inputs, clips=shown[1])
+        return super()._prepare_inputs(inputs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """A line of training also tells the rate of each module and how fast it goes."""
+        if "loss" in logs:
+            logs |= {RATE_NAMES[module]: rate for module, rate in self._rates.items()}
+            logs |= self._throughput.read(self.accelerator.gather)
+        super().log(logs, start_time)
+
+    # --- Optimizer and audit ---
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.args.should_save and all("module" in group for group in optimizer.param_groups):
+            table = Path(self.args.output_dir, "trained_modules.txt")
+            table.parent.mkdir(parents=True, exist_ok=True)
+            table.write_text(group_table(group_rows(optimizer)) + "\n", encoding="utf-8")
+        if self._gradient_check != "off":
+            # DeepSpeed takes gradients away before they can be looked at; FSDP computes those of other tensors.
+            self._audit = GradientAudit(self.model.named_parameters(), from_hooks=not self.is_fsdp_enabled)
+        return optimizer
+
+    def check_gradients(self) -> None:
+        """Stop if a module that should learn has no usable gradient.
+
+        Raises:
+            GradientError: naming the modules.
+        """
+        if self._audit is None:
+            return
+        if self.is_fsdp_enabled:
+            self._audit.take()
+        faults = self._audit.check(self.args.device, scaled=self.accelerator.scaler is not None)
+        if not self._audit.pending:
+            self._audit = None
+        if faults:
+            text = (
+                f"after step {self.state.global_step + 1}, modules that should be trained have no usable gradient:\n"
+                f"{describe_faults(faults)}\n"
+            )
+            if self._gradient_check == "error":
+                raise GradientError(
+                    f"{text}Freeze them (freeze_vision_tower, freeze_multi_modal_projector, freeze_language_model, "
+                    "lora_target), or go on all the same with `gradient_check: warn`."
+                )
+            self._tell(text)
+
+    # --- Checkpoints ---
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder, UNFINISHED)) if self._saving else folder
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._saving:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any = None) -> None:
+        """Write the checkpoint aside and give it its name when all of it is there, on all processes.
+
+        Raises:
+            CheckpointError: if it cannot be written; those before it stay.
+        """
+        run_dir = Path(self._get_output_dir(trial))
+        final = run_dir / f"checkpoint-{self.state.global_step}"
+        staged = run_dir / UNFINISHED / final.name
+        if self.is_local_process_zero():  # on several nodes, each may have a disk of its own
+            for left_over in (staged.parent, final):
+                shutil.rmtree(left_over, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._saving = True
+        try:
+            if self.args.should_save:
+                check_room(run_dir)
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                if self._saved_processor is not None:
+                    self._saved_processor.save_pretrained(staged)
+                if self.state.best_global_step:
+                    self.state.best_model_checkpoint = str(run_dir / f"checkpoint-{self.state.best_global_step}")
+                    self.state.save_to_json(str(staged / "trainer_state.json"))
+        except Exception as error:
+            shutil.rmtree(staged.parent, ignore_errors=True)
+            raise explain(error, final) from error
+        finally:
+            self._saving = False
+        self.accelerator.wait_for_everyone()
+        if self.is_local_process_zero():
+            with contextlib.suppress(FileNotFoundError):  # on a shared disk, another node was first
+                staged.rename(final)
+                staged.parent.rmdir()
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+        if self.args.should_save:
+            rotate_checkpoints(
+                str(run_dir), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
+            )
+
+
+class _StepWatch(TrainerCallback):
+    """What happens between the lines of transformers' training loop."""
+
+    def __init__(self, trainer: VideoTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The mean loss at the end is that of the whole run, what went before a kill included."""
+        step = 0
+        for line in state.log_history:
+            if "loss" in line:
+                self.trainer._total_loss_scalar += line["loss"] * (line["step"] - step)
+                step = line["step"]
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.check_gradients()
+        for group in self.trainer.optimizer.param_groups:
+            if "module" in group:
+                self.trainer._rates[group["module"]] = float(group["lr"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A checkpoint and an evaluation come with a line of the log: a resumed run then has the same lines."""
+        if (control.should_save or control.should_evaluate) and args.logging_strategy != "no":
+            control.should_log = True
+
+    on_epoch_end = on_step_end

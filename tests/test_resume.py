@@ -1,0 +1,251 @@
+"""Runs that are killed: the next start goes on from the last whole checkpoint, to the same losses and weights.
+
+Each run is a group of real processes that SIGKILL ends together, at random moments and while a checkpoint is being
+written. They are forked from a server that has imported LLaMA-Factory, which saves ten seconds a start.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_clip
+from llamafactory_video.demo.tiny_model import save_tiny_model
+from safetensors.torch import load_file
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["llamafactory.train.tuner"])
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory):
+    """A recipe of 24 steps over three epochs of shuffled clips, with dropout where there is LoRA."""
+    folder = tmp_path_factory.mktemp("resume")
+    save_tiny_model(folder / "model", hidden_size=32, layers=2, heads=2)
+    rows = []
+    for i in range(31):
+        if i < 4:
+            write_clip(folder / f"{i}.mp4", frames=12, seed=i)
+        turns = [{"from": "human", "value": f"<video>看{i}"}, {"from": "gpt", "value": "好" * (1 + i % 5)}]
+        rows.append({"video": f"{i % 4}.mp4", "conversations": turns})
+    (folder / "clips.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    info = {"clips": {"file_name": "clips.json", "formatting": "video_conversation"}}
+    (folder / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+    return {
+        "model_name_or_path": str(folder / "model"),
+        "template": "qwen3_vl_video",
+        "dataset": "clips",
+        "dataset_dir": str(folder),
+        "media_dir": str(folder),
+        "cache_dir": str(folder / "cache"),
+        "video_sampling": "qwen_finetune",
+        "video_min_frames": 4,
+        "video_max_frames": 4,
+        "video_min_pixels": 10000,
+        "video_max_pixels": 20000,
+        "stage": "sft",
+        "do_train": True,
+        "finetuning_type": "full",
+        "freeze_vision_tower": False,
+        "freeze_multi_modal_projector": False,
+        "learning_rate": 1e-3,
+        "vision_tower_lr": 1e-4,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 2,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_steps": STEPS,
+        "logging_steps": 3,
+        "save_steps": 2,
+        "save_total_limit": 2,
+        "report_to": "none",
+        "use_cpu": True,
+    }
+
+
+LORA = {"finetuning_type": "lora", "lora_rank": 4, "lora_dropout": 0.2, "lora_target": "all"}
+
+
+def _train(keys: dict, rank: int, count: int, port: int, largest_file: int | None) -> None:
+    os.setpgrp()
+    if count > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+        os.environ |= {"LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    log = open(f"{keys['output_dir']}.{rank}.log", "a")  # noqa: SIM115
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+    if largest_file is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))  # as on a full disk
+    from llamafactory.train.tuner import run_exp
+
+    run_exp(keys)
+
+
+class Run:
+    """The processes of one start of a training run."""
+
+    def __init__(self, keys: dict, output: Path, count: int = 1, largest_file: int | None = None, **overrides) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        keys = {**keys, "output_dir": str(output), **overrides}
+        self.processes = [
+            SERVER.Process(target=_train, args=(keys, rank, count, port, largest_file)) for rank in range(count)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def alive(self) -> bool:
+        return any(process.is_alive() for process in self.processes)
+
+    def kill(self) -> None:
+        for process in self.processes:
+            if process.is_alive():
+                os.killpg(process.pid, signal.SIGKILL)
+        self.end()
+
+    def end(self) -> list[int]:
+        for process in self.processes:
+            process.join(240)
+            assert process.exitcode is not None, "a process hangs"
+        return [process.exitcode for process in self.processes]
+
+
+def whole_steps(output: Path) -> list[int]:
+    return sorted(int(path.name.partition("-")[2]) for path in output.glob("checkpoint-*"))
+
+
+def history(output: Path) -> list[dict]:
+    """What the log tells about learning, by step; how fast it went is another matter."""
+    lines = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    names = ("step", "epoch", "loss", "grad_norm", "learning_rate", "vision_tower_lr", "train_loss")
+    return [{name: line[name] for name in names if name in line} for line in lines]
+
+
+def wait_for(condition, run: Run) -> bool:
+    """Until it holds or the run has ended; looks a thousand times a second."""
+    while run.alive():
+        if condition():
+            return True
+        time.sleep(0.001)
+    return False
+
+
+def kill_often(keys: dict, output: Path, count: int, kills: int, seed: int, **overrides) -> int:
+    """Start, kill and start again until the run has ended by itself; how many kills met a checkpoint being written."""
+    moments, met = random.Random(seed), 0
+    for number in range(kills):
+        run = Run(keys, output, count, **overrides)
+        before = whole_steps(output)
+        if not wait_for(lambda before=before: whole_steps(output) != before, run):
+            break  # it came to its end
+        if number % 2:
+            time.sleep(moments.uniform(0, 0.4))
+        else:
+            wait_for((output / "unfinished").exists, run)
+            time.sleep(moments.uniform(0, 0.02))
+        met += (output / "unfinished").exists()
+        run.kill()
+        for step in whole_steps(output):  # each is whole: it can be used by itself
+            assert (output / f"checkpoint-{step}" / "processor_config.json").is_file()
+            assert (output / f"checkpoint-{step}" / "trainer_state.json").is_file()
+    run = Run(keys, output, count, **overrides)
+    assert run.end() == [0] * count, Path(f"{output}.0.log").read_text(errors="replace")[-3000:]
+    return met
+
+
+def assert_same_run(output: Path, whole: Path, weights: str) -> None:
+    lines, expected = history(output), history(whole)
+    assert [line.pop("train_loss", None) for line in lines][-1] == pytest.approx(expected[-1].pop("train_loss"))
+    assert lines == expected
+    assert {2, 3, 23, 24} - {line["step"] for line in lines} == {23}  # a line every third step and at every checkpoint
+    found, wanted = load_file(output / weights), load_file(whole / weights)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in found)
+
+
+CASES = [("full", {}, 1), ("lora", LORA, 2)]
+CASES_OF_MANY = [*CASES, ("lora", LORA, 1), ("full", {}, 2)]
+
+
+def _check_killed_run(keys, folder, kind, overrides, count, kills):
+    weights = "adapter_model.safetensors" if kind == "lora" else "model.safetensors"
+    assert Run(keys, folder / "whole", count, **overrides).end() == [0] * count
+    met = kill_often(keys, folder / "killed", count, kills, seed=count, **overrides)
+    assert met
+    assert_same_run(folder / "killed", folder / "whole", weights)
+    assert whole_steps(folder / "killed") == [STEPS - 2, STEPS]
+    assert not (folder / "killed" / "unfinished").exists()
+
+
+@pytest.mark.parametrize(("kind", "overrides", "count"), CASES, ids=["full-1", "lora-2"])
+def test_a_killed_run_ends_as_one_that_was_not(keys, tmp_path, kind, overrides, count):
+    _check_killed_run(keys, tmp_path, kind, overrides, count, kills=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "overrides", "count"), CASES_OF_MANY, ids=["full-1", "lora-2", "lora-1", "full-2"])
+def test_a_run_killed_ten_times_ends_as_one_that_was_not(keys, tmp_path, kind, overrides, count):
+    more = {"max_steps": STEPS, "dataloader_num_workers": 2}
+    _check_killed_run({**keys, **more}, tmp_path, kind, overrides, count, kills=10)
+
+
+@pytest.mark.parametrize("overrides", [{}, LORA], ids=["full", "lora"])
+def test_two_runs_of_one_seed_are_identical(keys, tmp_path, overrides):
+    overrides = {**overrides, "max_steps": 4}
+    runs = [Run(keys, tmp_path / name, **overrides) for name in "ab"]
+    assert [run.end() for run in runs] == [[0], [0]]
+    other = Run(keys, tmp_path / "c", **overrides, seed=7)
+    assert other.end() == [0]
+    a, b, c = (load_file(next((tmp_path / name).glob("*model.safetensors"))) for name in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not all(torch.equal(a[name], c[name]) for name in a)
+    assert history(tmp_path / "a") == history(tmp_path / "b") != history(tmp_path / "c")
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_full_disk_leaves_the_older_checkpoint_and_says_so(keys, tmp_path, count):
+    output = tmp_path / "out"
+    assert Run(keys, output, count, max_steps=2).end() == [0] * count
+    for left in ("model.safetensors", "train_results.json"):  # the run was cut short here
+        (output / left).unlink()
+    before = {p: p.stat().st_mtime_ns for p in (output / "checkpoint-2").rglob("*")}
+    size = (output / "checkpoint-2" / "optimizer.pt").stat().st_size
+    run = Run(keys, output, count, largest_file=size // 2)
+    assert 0 not in run.end()
+    log = Path(f"{output}.0.log").read_text(errors="replace")
+    assert "checkpoint-4 could not be written" in log and "GiB are free" in log
+    assert f"{output / 'checkpoint-2'} is whole: the next start goes on from there" in log
+    assert {p: p.stat().st_mtime_ns for p in (output / "checkpoint-2").rglob("*")} == before
+    assert whole_steps(output) == [2]
+    assert Run(keys, output, count).end() == [0] * count
+    assert whole_steps(output) == [STEPS - 2, STEPS]
+
+
+def test_a_checkpoint_that_has_no_room_is_not_begun(keys, tmp_path, monkeypatch):
+    from llamafactory_video.train import checkpoint
+
+    whole = tmp_path / "checkpoint-2"
+    whole.mkdir()
+    (whole / "trainer_state.json").write_text("{}")
+    (whole / "model.safetensors").write_bytes(bytes(1000))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage._replace(free=1001))
+    with pytest.raises(checkpoint.CheckpointError, match="it needs 0.00 GiB, as .*checkpoint-2 does"):
+        checkpoint.check_room(tmp_path)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage._replace(free=1002))
+    checkpoint.check_room(tmp_path)
+    assert checkpoint.last_whole_checkpoint(tmp_path) == str(whole)
+    (tmp_path / "checkpoint-10").mkdir()
+    (tmp_path / "checkpoint-10" / "trainer_state.json").write_text('{"cut')
+    assert checkpoint.last_whole_checkpoint(tmp_path) == str(whole)

@@ -1,0 +1,368 @@
+"""Training against a plain torch loop, on one process and on two: loss, gradient, rates and weights of 20 steps in fp32.
+
+The loop takes one record at a time, without padding and without what the trainer adds to a batch; positions are left to
+the model. What it shares with the trainer is the record's own ids, labels and patches, tested elsewhere.
+"""
+
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from conftest import write_clip
+from llamafactory.train.tuner import run_exp
+from llamafactory_video.data.loader import DatasetError
+from llamafactory_video.demo.tiny_model import save_tiny_model
+from llamafactory_video.hooks import recipe_data
+from llamafactory_video.model.template import token_type_ids, vision_inputs
+from llamafactory_video.model.vision import call_vision_once
+from llamafactory_video.train.audit import GradientError
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, TrainerCallback
+
+STEPS, BATCH = 20, 4
+
+
+def record(number: int) -> dict:
+    """Texts, images, clips and both at once in turn; answers of 1 to 13 tokens."""
+    answer = {"from": "gpt", "value": "好" * (1 + 5 * number % 13)}
+    text, given = [
+        (f"文字{number}", {}),
+        (f"<image>图{number}", {"image": "a.png"}),
+        (f"<video><image>看{number}", {"video": f"{number % 3}.mp4", "image": "a.png"}),
+        (f"<video>看{number}", {"video": f"{number % 4}.mp4"}),
+    ][number % 4]
+    return {**given, "conversations": [{"from": "human", "value": text}, answer]}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model, and data sets over clips and a picture."""
+    folder = tmp_path_factory.mktemp("training")
+    save_tiny_model(folder / "model", hidden_size=32, layers=2, heads=2)
+    for i in range(4):
+        write_clip(folder / f"media/{i}.mp4", frames=12 + 6 * i, seed=i)
+    Image.effect_noise((96, 64), 60).convert("RGB").save(folder / "media/a.png")
+    (folder / "media/bad.mp4").write_bytes(b"no video")
+    mixed = [record(i) for i in range(STEPS * BATCH)]
+    sets = {
+        "mixed": mixed,
+        "clips": [row for row in mixed if "video" in row],
+        "texts": [row for row in mixed if row.keys() == {"conversations"}],
+        "bad": [{**row, "video": "bad.mp4"} if i == 13 else row for i, row in enumerate(map(record, range(3, 200, 4)))],
+    }
+    for name, rows in sets.items():
+        (folder / f"{name}.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    info = {name: {"file_name": f"{name}.json", "formatting": "video_conversation"} for name in sets}
+    (folder / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def keys(folder):
+    """A recipe with rates of its own for each module, in fp32, without shuffling."""
+    return {
+        "model_name_or_path": str(folder / "model"),
+        "template": "qwen3_vl_video",
+        "dataset": "mixed",
+        "dataset_dir": str(folder),
+        "media_dir": str(folder / "media"),
+        "cache_dir": str(folder / "cache"),
+        "cutoff_len": 1024,
+        "video_sampling": "qwen_finetune",
+        "video_min_frames": 4,
+        "video_max_frames": 8,
+        "video_min_pixels": 10000,
+        "video_max_pixels": 40000,
+        "stage": "sft",
+        "do_train": True,
+        "finetuning_type": "full",
+        "freeze_vision_tower": False,
+        "freeze_multi_modal_projector": False,
+        "learning_rate": 2e-3,
+        "mm_projector_lr": 4e-3,
+        "vision_tower_lr": 2e-4,
+        "weight_decay": 0.01,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 3,
+        "max_grad_norm": 1.0,
+        "max_steps": STEPS,
+        "per_device_train_batch_size": BATCH,
+        "gradient_accumulation_steps": 1,
+        "disable_shuffling": True,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+    }
+
+
+class Start(TrainerCallback):
+    """Keeps a copy of the model as it is before the first step, and the model that trains."""
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        self.model, self.before = model, copy.deepcopy(model)
+        self.state = state
+
+
+def train(keys: dict, output: Path, callback: TrainerCallback | None = None, **overrides) -> list[dict]:
+    """Run LLaMA-Factory in this process; the lines of the log that tell a step."""
+    run_exp({**keys, "output_dir": str(output), **overrides}, [] if callback is None else [callback])
+    return steps(output)
+
+
+def steps(output: Path) -> list[dict]:
+    history = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    return [line for line in history if "loss" in line]
+
+
+def start_processes(keys: dict, output: Path, count: int, port: int, **overrides) -> subprocess.CompletedProcess:
+    """The same on several processes of the CPU, as `llamafactory-cli train` starts them."""
+    file = write_recipe({**keys, **overrides}, output)
+    environment = {**os.environ, "FORCE_TORCHRUN": "1", "NPROC_PER_NODE": str(count), "MASTER_PORT": str(port)}
+    command = [sys.executable, "-m", "llamafactory.cli", "train", str(file)]
+    environment |= {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def module(name: str) -> str:
+    return "projector" if "merger" in name else "vision" if "visual" in name else "language"
+
+
+def plain_loop(model: torch.nn.Module, keys: dict, folder: Path) -> list[dict[str, float]]:
+    """Train `model` on the data set in order; what the trainer logs, by step."""
+    _, parts, encoder = recipe_data(write_recipe(keys, folder), [])
+    rates = {"language": 2e-3, "projector": 4e-3, "vision": 2e-4}
+    groups = {}
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            groups.setdefault((module(name), weight.ndim > 1), []).append(weight)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": weights, "lr": rates[part], "weight_decay": 0.01 if decays else 0.0}
+            for (part, decays), weights in groups.items()
+        ]
+    )
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    trained = [weight for weights in groups.values() for weight in weights]
+    rows = parts["mixed"].with_format(None)
+    lines = []
+    model.train()
+    for step in range(STEPS):
+        # Linear warmup over 3 steps, then half a cosine.
+        factor = step / 3 if step < 3 else 0.5 * (1 + math.cos(math.pi * (step - 3) / (STEPS - 3)))
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * factor
+        samples = [encoder.encode(rows[i]) for i in range(step * BATCH, (step + 1) * BATCH)]
+        supervised = sum(label != -100 for sample in samples for label in sample["labels"])
+        total = 0.0
+        for sample in samples:
+            ids = torch.tensor([sample["input_ids"]])
+            shown = vision_inputs(sample["images"] or [], sample["videos"] or [], encoder.processor, encoder.reader)
+            types = token_type_ids(ids, encoder.processor)
+            logits = model(input_ids=ids, mm_token_type_ids=types, **shown).logits[0]
+            loss = F.cross_entropy(logits[:-1], torch.tensor(sample["labels"][1:]), reduction="sum") / supervised
+            loss.backward()
+            total += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0).item()
+        optimizer.step()
+        optimizer.zero_grad()
+        lines.append({"loss": total, "grad_norm": norm, "factor": factor})
+    return lines
+
+
+def write_recipe(keys: dict, output: Path) -> Path:
+    file = output.parent / f"{output.name}.yaml"
+    file.write_text(yaml.safe_dump({**keys, "output_dir": str(output)}, allow_unicode=True), encoding="utf-8")
+    return file
+
+
+def assert_same(lines: list[dict], plain: list[dict], learning_rate: float = 2e-3) -> None:
+    assert len(lines) == STEPS
+    for line, expected in zip(lines, plain, strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+        assert line["learning_rate"] == pytest.approx(2e-3 * expected["factor"])
+        assert line["mm_projector_lr"] == pytest.approx(4e-3 * expected["factor"])
+        assert line["vision_tower_lr"] == pytest.approx(2e-4 * expected["factor"])
+
+
+LORA = {"finetuning_type": "lora", "lora_rank": 4, "lora_dropout": 0.0, "lora_target": "all"}
+
+
+@pytest.fixture(scope="module")
+def plain(keys, folder):
+    """The loop's lines and weights, by kind of fine-tuning. LoRA starts from the matrices that the trainer drew."""
+    found = {}
+
+    def run(kind: str, before: torch.nn.Module | None = None):
+        if kind not in found:
+            model = before or AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=torch.float32)
+            found[kind] = plain_loop(model, keys, folder), dict(model.named_parameters())
+        return found[kind]
+
+    return run
+
+
+# Micro-batches of a step: one, two of two, four of one.
+@pytest.mark.parametrize("size", [4, 2, 1])
+def test_twenty_steps_equal_a_plain_loop(keys, folder, plain, tmp_path, size):
+    lines = train(
+        keys, tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=BATCH // size
+    )
+    expected, weights = plain("full")
+    assert_same(lines, expected)
+    saved = load_file(tmp_path / "model.safetensors")
+    for name in saved:
+        torch.testing.assert_close(saved[name], weights[name], rtol=1e-3, atol=1e-5)
+    start = load_file(folder / "model" / "model.safetensors")
+    assert not any(torch.allclose(saved[name], start[name], atol=1e-4) for name in saved if saved[name].ndim > 1)
+
+
+def test_twenty_steps_of_lora_equal_a_plain_loop(keys, plain, tmp_path):
+    start = Start()
+    lines = train(keys, tmp_path, start, per_device_train_batch_size=2, gradient_accumulation_steps=2, **LORA)
+    expected, weights = plain("lora", start.before)
+    assert_same(lines, expected)
+    trained = {name: weight for name, weight in start.model.named_parameters() if weight.requires_grad}
+    assert {module(name) for name in trained} == {"language", "vision", "projector"}
+    for name, weight in trained.items():
+        torch.testing.assert_close(weight, weights[name], rtol=1e-3, atol=1e-5)
+
+
+def test_two_processes_whose_batches_differ_in_kind_equal_a_plain_loop(keys, plain, tmp_path):
+    """One record a batch: while one process has a text, the other has a picture, or a clip with a picture beside one."""
+    run = start_processes(
+        keys, tmp_path / "two", 2, 29810, per_device_train_batch_size=1, gradient_accumulation_steps=2
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    expected, weights = plain("full")
+    assert_same(steps(tmp_path / "two"), expected)
+    for name, weight in load_file(tmp_path / "two" / "model.safetensors").items():
+        torch.testing.assert_close(weight, weights[name], rtol=1e-3, atol=1e-5)
+
+
+def test_llamafactorys_own_loss_is_the_mean_of_means(keys, tmp_path):
+    by_token = train(keys, tmp_path / "a", max_steps=1, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    own = {"loss_normalization": "micro_batches", "max_steps": 1, "logging_steps": 1}
+    whole = train(keys, tmp_path / "b", **own)
+    cut = train(keys, tmp_path / "c", per_device_train_batch_size=1, gradient_accumulation_steps=4, **own)
+    assert whole[0]["loss"] == pytest.approx(by_token[0]["loss"], rel=1e-5)
+    assert abs(cut[0]["loss"] - by_token[0]["loss"]) > 1e-3
+
+
+@pytest.mark.parametrize("size", [1, 3, 16])
+def test_evaluation_tells_the_mean_over_tokens_however_it_is_batched(keys, folder, tmp_path, size):
+    overrides = {"do_train": False, "do_eval": True, "eval_dataset": "clips", "per_device_eval_batch_size": size}
+    run_exp({**keys, "output_dir": str(tmp_path), **overrides})
+    found = json.loads((tmp_path / "eval_results.json").read_text())["eval_loss"]
+    model = AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=torch.float32).eval()
+    _, parts, encoder = recipe_data(write_recipe({**keys, "dataset": "clips"}, tmp_path), [])
+    total = tokens = 0
+    for row in parts["clips"].with_format(None):
+        sample = encoder.encode(row)
+        ids = torch.tensor([sample["input_ids"]])
+        shown = vision_inputs(sample["images"] or [], sample["videos"], encoder.processor, encoder.reader)
+        with torch.no_grad():
+            logits = model(input_ids=ids, mm_token_type_ids=token_type_ids(ids, encoder.processor), **shown).logits[0]
+        total += F.cross_entropy(logits[:-1], torch.tensor(sample["labels"][1:]), reduction="sum").item()
+        tokens += sum(label != -100 for label in sample["labels"])
+    assert found == pytest.approx(total / tokens, rel=1e-5)
+
+
+# --- The audit -------------------------------------------------------------------------------------------------------
+
+
+class Cut(TrainerCallback):
+    """Cuts the gradient of what a module returns, as wrong freezing or checkpointing would."""
+
+    def __init__(self, name: str, change) -> None:
+        self.name, self.change = name, change
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        model.get_submodule(self.name).register_forward_hook(lambda module, inputs, output: self.change(output))
+
+
+def test_modules_without_a_gradient_stop_the_run_by_name(keys, tmp_path):
+    cut = Cut("model.visual.merger", torch.Tensor.detach)
+    with pytest.raises(GradientError) as caught:
+        train(keys, tmp_path, cut, dataset="clips")
+    text = str(caught.value)
+    assert "after step 1" in text and "gradient missing: " in text and "model.visual.merger.linear_fc1" in text
+    assert "model.language_model" not in text and "deepstack" not in text
+    assert "gradient_check: warn" in text
+
+
+def test_zero_gradients_and_those_that_are_not_finite_are_told_apart(keys, tmp_path):
+    with pytest.raises(GradientError, match=r"gradient zero: .*model\.visual\.merger\.linear_fc2"):
+        train(keys, tmp_path / "zero", Cut("model.visual.merger", lambda output: output * 0), dataset="clips")
+    with pytest.raises(GradientError, match=r"gradient not finite: .*model\.visual\.patch_embed\.proj"):
+        broken = Cut("model.visual.merger", lambda output: output * torch.inf)
+        train(keys, tmp_path / "inf", broken, dataset="clips", logging_nan_inf_filter=False)
+
+
+def test_a_run_goes_on_without_a_gradient_where_it_is_allowed(keys, tmp_path, caplog):
+    cut = Cut("model.visual.merger", torch.Tensor.detach)
+    lines = train(keys, tmp_path, cut, dataset="clips", gradient_check="warn", max_steps=2)
+    assert len(lines) == 2
+
+
+def test_vision_is_judged_once_something_is_shown(keys, tmp_path):
+    """Texts alone give the vision tower no gradient, and that is right."""
+    assert len(train(keys, tmp_path / "texts", dataset="texts", max_steps=2)) == 2
+    cut = Cut("model.visual", lambda output: type(output)(**{k: _cut(v) for k, v in output.items()}))
+    with pytest.raises(GradientError, match="after step 3"):  # 8 texts first, in batches of 4
+        train(keys, tmp_path / "later", cut, dataset="texts,clips", max_samples=8, max_steps=4)
+
+
+def _cut(value):
+    return [_cut(item) for item in value] if isinstance(value, list | tuple) else value.detach()
+
+
+# --- One call of the vision tower ------------------------------------------------------------------------------------
+
+
+def test_images_and_clips_go_through_the_vision_tower_together(keys, folder):
+    _, parts, encoder = recipe_data(write_recipe(keys, folder), [])
+    sample = encoder.encode(parts["mixed"].with_format(None)[2])
+    ids = torch.tensor([sample["input_ids"]])
+    inputs = {"input_ids": ids, "mm_token_type_ids": token_type_ids(ids, encoder.processor)}
+    inputs |= vision_inputs(sample["images"], sample["videos"], encoder.processor, encoder.reader)
+    model = AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=torch.float64)
+    inputs |= {name: value.double() for name, value in inputs.items() if value.is_floating_point()}
+    calls, found = [], []
+    model.model.visual.register_forward_hook(lambda *_: calls.append(1))
+    for _ in range(2):
+        model.zero_grad()
+        output = model(**inputs, labels=ids)
+        output.loss.backward()
+        found.append((len(calls), output.logits, {n: p.grad.clone() for n, p in model.named_parameters()}))
+        calls.clear()
+        call_vision_once(model.model)
+    (twice, logits, gradients), (once, new_logits, new_gradients) = found
+    assert (twice, once) == (2, 1)
+    torch.testing.assert_close(new_logits, logits)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(new_gradients[name], gradient)
+
+
+# --- Failing together ------------------------------------------------------------------------------------------------
+
+
+def test_a_record_that_fails_on_one_process_stops_both_with_its_name(keys, tmp_path):
+    run = start_processes(keys, tmp_path / "two", 2, 29820, dataset="bad", per_device_train_batch_size=1, max_steps=40)
+    assert run.returncode != 0
+    assert "bad.json, record 14 (line 1): " in run.stderr and "bad.mp4: is not a video" in run.stderr
+
+
+def test_a_record_that_fails_stops_the_run(keys, tmp_path):
+    with pytest.raises(DatasetError, match=r"record 14 .*bad\.mp4"):
+        train(keys, tmp_path, dataset="bad", max_steps=40)
