@@ -5,30 +5,38 @@ the recipe has them. The data set is the example shipped with the project, over 
 """
 
 import json
+import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import FullyShardedDataParallelPlugin
 from conftest import write_clip
 from llamafactory.hparams import get_infer_args, get_train_args
 from llamafactory.model import load_tokenizer
 from llamafactory.train.tuner import export_model, run_exp
-from llamafactory_video.demo.tiny_model import save_tiny_model
+from llamafactory_video.demo.tiny_model import build_config, build_tokenizer, save_tiny_model
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
+from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+ZERO = sorted((ROOT / "recipes").glob("deepspeed_zero*.json"))
 EXAMPLES = sorted((ROOT / "dataset_info").glob("*_example.json"))
 
 
 def recipe(name: str, **overrides) -> dict:
     """A recipe as `llamafactory-cli train recipes/<name>.yaml key=value …` reads it."""
     return OmegaConf.to_container(OmegaConf.merge(OmegaConf.load(ROOT / "recipes" / f"{name}.yaml"), overrides))
+
+
+# What a recipe asks of a GPU, and what stands for it here.
+ON_A_CPU = {"wzry_full_bf16": {"pure_bf16": False, "optim": "adamw_torch"}}
 
 
 def is_training(keys: dict) -> bool:
@@ -44,7 +52,7 @@ def parse(name: str, **overrides):
         overrides["deepspeed"] = None
     if keys.get("bf16"):
         overrides["use_cpu"] = True  # without it, bf16 is an error where there is no GPU
-    return get_train_args(recipe(name, **overrides))
+    return get_train_args(recipe(name, **ON_A_CPU.get(name, {}), **overrides))
 
 
 # --- As they stand ---------------------------------------------------------------------------------------------------
@@ -124,13 +132,36 @@ def test_one_gpu_trains_as_eight():
     assert differing == {*batch, "deepspeed", "dataloader_num_workers", "output_dir"}
 
 
-def test_zero3_leaves_numbers_and_optimizer_to_the_recipe():
-    config = json.loads((ROOT / "recipes" / "deepspeed_zero3.json").read_text())
-    assert config["zero_optimization"]["stage"] == 3
+def test_bf16_trains_as_float32():
+    full, bf16 = recipe("wzry_full_1gpu"), recipe("wzry_full_bf16")
+    assert {key for key in full | bf16 if full.get(key) != bf16.get(key)} == {
+        "bf16",
+        "pure_bf16",
+        "optim",
+        "output_dir",
+    }
+    assert bf16["pure_bf16"] is True
+    assert "8bit" in bf16["optim"]
+
+
+def test_dora_trains_as_lora():
+    lora, dora = recipe("wzry_lora"), recipe("wzry_dora")
+    assert {key for key in lora | dora if lora.get(key) != dora.get(key)} == {"use_dora", "output_dir"}
+    assert dora["use_dora"] is True
+
+
+@pytest.mark.parametrize("path", ZERO, ids=lambda path: path.stem)
+def test_zero_leaves_numbers_and_optimizer_to_the_recipe(path):
+    config = json.loads(path.read_text())
+    assert config["zero_optimization"]["stage"] == int(path.stem[len("deepspeed_zero")])
     assert not {"optimizer", "scheduler"} & config.keys()  # DeepSpeed's would replace the rates by module
     auto = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     assert [config[key] for key in auto] == ["auto"] * 4
     assert config["bf16"]["enabled"] == "auto"
+    offloaded = [key for key in config["zero_optimization"] if key.startswith("offload_")]
+    assert bool(offloaded) == path.stem.endswith("_offload")
+    if offloaded:
+        assert config["zero_force_ds_cpu_optimizer"] is False  # else DeepSpeed's own Adam replaces the rates by module
     pytest.importorskip("deepspeed")
     from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
@@ -138,6 +169,25 @@ def test_zero3_leaves_numbers_and_optimizer_to_the_recipe():
     filled.trainer_config_process(parse("wzry_full")[2])
     assert [filled.config[key] for key in auto] == [8, 2, 4, 1.0]
     assert filled.config["bf16"]["enabled"] is True
+
+
+@pytest.mark.parametrize("fsdp, offloads", [("auto_wrap", False), (["auto_wrap", "offload"], True)])
+def test_fsdp2_cuts_the_model_into_its_layers(fsdp, offloads, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # parsing sets some
+    config = str(ROOT / "recipes" / "fsdp2.json")
+    training = parse("wzry_full", output_dir=str(tmp_path), fsdp=fsdp, fsdp_config=config)[2]
+    plugin = FullyShardedDataParallelPlugin(**training.fsdp_plugin_args)
+    assert plugin.fsdp_version == 2
+    assert "FULL_STATE_DICT" in str(plugin.state_dict_type)  # parts of it would be no model that others can load
+    assert plugin.reshard_after_forward is True  # as ZeRO-3: weights are given back after use
+    assert isinstance(plugin.cpu_offload, CPUOffloadPolicy) == offloads
+    assert training.fsdp_config["activation_checkpointing"] is False  # LLaMA-Factory's own is on
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(build_config(build_tokenizer()))
+    plugin.set_auto_wrap_policy(model)
+    layers = plugin.auto_wrap_policy.keywords["transformer_layer_cls"]
+    cut = [name for name, module in model.named_modules() if type(module) in layers]
+    assert {name.rpartition(".")[0] for name in cut} == {"model.visual.blocks", "model.language_model.layers"}
 
 
 # --- Running ---------------------------------------------------------------------------------------------------------
@@ -152,9 +202,11 @@ FULL_RATES = {"language": 2e-5, "projector": 4e-5, "vision": 2e-6}
 TRAINING = {
     "wzry_full": (VISION | PROJECTOR | LANGUAGE, FULL_RATES),
     "wzry_full_1gpu": (VISION | PROJECTOR | LANGUAGE, FULL_RATES),
+    "wzry_full_bf16": (VISION | PROJECTOR | LANGUAGE, FULL_RATES),
     "wzry_frozen_vision": (PROJECTOR | LANGUAGE, FULL_RATES),
     "wzry_projector_only": (PROJECTOR, {"projector": 1e-4}),
     "wzry_lora": ({"language_model.layers"}, {"language": 1e-4}),
+    "wzry_dora": ({"language_model.layers"}, {"language": 1e-4}),
     "wzry_lora_vision": (LINEAR, {"language": 1e-4, "projector": 1e-4, "vision": 2e-5}),
 }
 
@@ -209,6 +261,7 @@ def train(shrunken, tmp_path_factory):
             output = tmp_path_factory.mktemp(name)
             keys = {**shrunken.model, **shrunken.data, **shrunken.batch, "dataset": "wzry_example", **overrides}
             watch = Watch()
+            keys |= ON_A_CPU.get(name, {})
             run_exp(recipe(name, **keys, deepspeed=None, output_dir=str(output)), [watch])
             runs[key] = SimpleNamespace(output=output, watch=watch)
         return runs[key]
@@ -223,8 +276,9 @@ def test_what_the_recipe_trains(train, name):
     moved = run.watch.moved()
     assert {place(weight) for weight in moved} == places
     assert run.watch.model.is_gradient_checkpointing
-    if "lora" in name:
+    if recipe(name)["finetuning_type"] == "lora":
         assert all("lora_" in weight for weight in moved)
+    assert any("magnitude" in weight for weight in moved) == (name == "wzry_dora")
 
     names = {id(weight): weight_name for weight_name, weight in run.watch.model.named_parameters()}
     found = {}
@@ -246,7 +300,7 @@ def test_what_the_recipe_leaves_behind(train, name):
     losses = [json.loads(line) for line in (output / "trainer_log.jsonl").read_text().splitlines()]
     assert [line["loss"] > 0 for line in losses if "loss" in line] == [True, True]
     assert (output / "checkpoint-2" / "trainer_state.json").is_file()
-    if "lora" in name:
+    if recipe(name)["finetuning_type"] == "lora":
         saved = load_file(output / "adapter_model.safetensors")
         assert {place(weight) for weight in saved} == TRAINING[name][0]
 

@@ -57,7 +57,9 @@ def folder(tmp_path_factory):
         "mixed": mixed,
         "clips": [row for row in mixed if "video" in row],
         "texts": [row for row in mixed if row.keys() == {"conversations"}],
-        "bad": [{**row, "video": "bad.mp4"} if i == 13 else row for i, row in enumerate(map(record, range(3, 200, 4)))],
+        "bad": [
+            {**row, "video": "bad.mp4"} if i == 13 else row for i, row in enumerate(map(record, range(3, 200, 4)))
+        ],
     }
     for name, rows in sets.items():
         (folder / f"{name}.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
@@ -215,9 +217,7 @@ def plain(keys, folder):
 # Micro-batches of a step: one, two of two, four of one.
 @pytest.mark.parametrize("size", [4, 2, 1])
 def test_twenty_steps_equal_a_plain_loop(keys, folder, plain, tmp_path, size):
-    lines = train(
-        keys, tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=BATCH // size
-    )
+    lines = train(keys, tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=BATCH // size)
     expected, weights = plain("full")
     assert_same(lines, expected)
     saved = load_file(tmp_path / "model.safetensors")

@@ -9,6 +9,7 @@ import ast
 import contextlib
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable
 from copy import copy
@@ -59,9 +60,16 @@ def _hparams_parser(parser: ModuleType) -> None:
 
     def checked(parse: Callable) -> Callable:
         def parse_and_check(args: Any = None) -> tuple:
+            if isinstance(args, dict):
+                _prepare_fsdp(args)
             parsed = parse(args)
             finetuning_args = next(p for p in parsed if hasattr(p, "finetuning_type"))
             _check_keys_fit_template(parsed[0], parsed[1], finetuning_args)
+            for training_args in (p for p in parsed if hasattr(p, "do_train")):
+                from .train.optimizer import check_deepspeed
+
+                # transformers asks nobody for an optimizer that DeepSpeed makes, so it is seen here.
+                check_deepspeed(training_args.deepspeed, finetuning_args)
             if parsed[1].template in (TEMPLATE, THINKING_TEMPLATE):
                 _check_folders(parser.logger, parsed[0], *(p for p in parsed if hasattr(p, "do_train")))
             return parsed
@@ -77,6 +85,19 @@ def _hparams_parser(parser: ModuleType) -> None:
         return last_whole_checkpoint(folder)
 
     _replace(parser, "get_last_checkpoint", get_last_checkpoint)
+
+
+def _prepare_fsdp(args: dict[str, Any]) -> None:
+    """What `accelerate launch` sets for FSDP, and LLaMA-Factory and accelerate read before they read the recipe."""
+    if args.get("fsdp"):
+        config = args.get("fsdp_config") or {}
+        if isinstance(config, str):
+            config = json.loads(Path(config).read_text(encoding="utf-8"))
+        version = config.get("version", config.get("fsdp_version", 1))
+        # Otherwise accelerate saves parts that no other program can load.
+        variables = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": version, "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
+        for name, value in variables.items():
+            os.environ.setdefault(name, str(value))
 
 
 def _check_folders(logger: Any, model_args: Any, training_args: Any = None) -> None:
@@ -566,37 +587,50 @@ def _sft_trainer(trainer: ModuleType) -> None:
 
 
 def _sft_workflow(workflow: ModuleType) -> None:
-    """Where the template is ours: our trainer, and a process that fails stops the others."""
-    stock = workflow.CustomSeq2SeqTrainer
+    """Where the template is ours: our trainer, a record of the run, and a process that fails stops the others."""
+    stock, run_stock, make_card = (
+        workflow.CustomSeq2SeqTrainer,
+        workflow.run_sft,
+        workflow.create_modelcard_and_push,
+    )
+    arguments: list[Any] = []  # of the run: those that LLaMA-Factory's trainer does not get
 
     def make_trainer(**kwargs: Any) -> Any:
         if not hasattr(kwargs["data_collator"].template, "thinking"):
             return stock(**kwargs)
+        from .train.run_record import describe_run
         from .train.trainer import VideoTrainer
 
         class VideoSeq2SeqTrainer(VideoTrainer, stock):
             pass
 
         keys = kwargs["finetuning_args"]
+        data = kwargs.get("train_dataset"), kwargs.get("eval_dataset")
         return VideoSeq2SeqTrainer(
             loss_normalization=keys.loss_normalization,
             gradient_check=keys.gradient_check,
+            describe=functools.partial(describe_run, tuple(arguments), kwargs["model"], kwargs["processor"], *data),
             log=workflow.logger.warning_rank0,
             **kwargs,
         )
 
-    run_stock = workflow.run_sft
-
-    def run_sft(model_args: Any, data_args: Any, *args: Any, **kwargs: Any) -> None:
+    def run_sft(*args: Any, **kwargs: Any) -> None:
+        data_args = args[1]
         if data_args.template not in (TEMPLATE, THINKING_TEMPLATE):
-            run_stock(model_args, data_args, *args, **kwargs)
+            run_stock(*args, **kwargs)
             return
         from .train.failure import stopping_together
 
+        arguments[:] = [copy(argument) for argument in args[:5]]  # as they are before the model is loaded
         with stopping_together():
-            run_stock(model_args, data_args, *args, **kwargs)
+            run_stock(*args, **kwargs)
 
-    workflow.CustomSeq2SeqTrainer = make_trainer
+    def create_modelcard_and_push(trainer: Any, *args: Any) -> None:
+        make_card(trainer, *args)
+        if hasattr(trainer, "finish_record"):
+            trainer.finish_record()
+
+    workflow.CustomSeq2SeqTrainer, workflow.create_modelcard_and_push = make_trainer, create_modelcard_and_push
     _replace(workflow, "run_sft", run_sft)
 
 
@@ -772,7 +806,12 @@ TABLE: dict[str, tuple[dict[str, str], Callable[[ModuleType], None]]] = {
         _sft_trainer,
     ),
     "llamafactory.train.sft.workflow": (
-        {"CustomSeq2SeqTrainer": "", "logger": "", "run_sft": "model_args data_args"},
+        {
+            "CustomSeq2SeqTrainer": "",
+            "create_modelcard_and_push": "",
+            "logger": "",
+            "run_sft": "model_args data_args training_args finetuning_args generating_args",
+        },
         _sft_workflow,
     ),
     "llamafactory.chat.chat_model": ({"run_chat": "", "ChatModel.stream_chat": "messages images videos"}, _chat_model),

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from .optimizer import module_of
 
@@ -25,7 +26,8 @@ class GradientAudit:
     Args:
         named_parameters: of the whole model.
         from_hooks: take gradients on their way to the parameters, where an engine may take them away afterwards
-            (DeepSpeed). Otherwise `take` is called when they are there (FSDP2, whose gradients are of other tensors).
+            (DeepSpeed). Otherwise `take` is called when they are there (FSDP2, which trains other tensors under
+            the same names).
 
     Attributes:
         pending: layers that are not judged yet.
@@ -34,13 +36,13 @@ class GradientAudit:
     """
 
     def __init__(self, named_parameters: Iterable[tuple[str, torch.nn.Parameter]], from_hooks: bool) -> None:
-        self._parameters = [(_layer(name), p) for name, p in named_parameters if p.requires_grad]
+        trained = [(_layer(name), p) for name, p in named_parameters if p.requires_grad]
         self._largest: dict[str, torch.Tensor] = {}
         self.shown = False
-        self.pending = list(dict.fromkeys(layer for layer, _ in self._parameters))
+        self.pending = list(dict.fromkeys(layer for layer, _ in trained))
         self._handles = [
             p.register_hook(lambda gradient, layer=layer: self._note(layer, gradient))
-            for layer, p in self._parameters
+            for layer, p in trained
             if from_hooks
         ]
 
@@ -49,14 +51,13 @@ class GradientAudit:
         before = self._largest.get(layer)
         self._largest[layer] = largest if before is None else torch.maximum(before, largest)
 
-    def take(self) -> None:
+    def take(self, named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> None:
         """Take the gradients that the parameters hold now; of sharded ones, this process's part."""
-        for layer, parameter in self._parameters:
+        for name, parameter in named_parameters:
             if parameter.grad is not None:
-                gradient = parameter.grad
-                local = gradient.to_local() if hasattr(gradient, "to_local") else gradient
-                if local.numel():
-                    self._note(layer, local)
+                gradient = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+                if gradient.numel():
+                    self._note(_layer(name), gradient)
 
     def check(self, device: torch.device, scaled: bool = False) -> dict[str, list[str]]:
         """Judge the layers that this step can tell about, on all processes together, and forget its gradients.

@@ -1,5 +1,6 @@
 """How fast training goes: clips, tokens and model FLOPs a second, time spent waiting for data, memory."""
 
+import math
 import resource
 import time
 from collections.abc import Callable
@@ -7,25 +8,35 @@ from typing import Any
 
 import torch
 
+from .flops import peak_flops, trained_modules, training_flops
+
 _GIB = 2**30
 
 
 class Throughput:
     """Figures of this process since the last reading. Nothing is asked of the device before they are read.
 
+    Args:
+        model: with Qwen3-VL's config.
+        dtype: of the arithmetic; what this device can do in it is measured by a matrix product.
+
     Attributes:
         waited: seconds spent waiting for data.
     """
 
-    def __init__(self, model: torch.nn.Module, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+        self._device, self._config = device, model.config
+        self._trains = trained_modules(model.named_parameters())
+        self._counts_flops = model.config.model_type == "qwen3_vl"  # of the models with experts, nothing is known here
+        self._peak = peak_flops(device, dtype)
         self._reset()
 
     def _reset(self) -> None:
         self._since: float | None = None
         self.waited = 0.0
         self._clips = 0
-        self._tokens: list[torch.Tensor] = []
+        self._lengths: list[torch.Tensor] = []
+        self._grids: list[torch.Tensor] = []
 
     def start(self) -> None:
         """The clock runs from here; it stands from `read` until then, so saving and evaluation do not count."""
@@ -41,26 +52,38 @@ class Throughput:
         """
         self._clips += clips
         mask, ids = inputs.get("attention_mask"), inputs["input_ids"]
-        self._tokens.append(mask.sum(1) if mask is not None and mask.dim() == 2 else ids.new_tensor([ids.shape[1]]))
+        plain = mask is not None and mask.dim() == 2
+        self._lengths.append(mask.sum(1) if plain else ids.new_full((len(ids),), ids.shape[1]))
+        self._grids += [inputs[name] for name in ("image_grid_thw", "video_grid_thw") if inputs.get(name) is not None]
 
     def read(self, gather: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
         """Figures of all processes together; starts anew.
 
         Args:
             gather: lays the tensors of all processes end to end.
+
+        Returns:
+            `clips_per_second` and `tokens_per_second` of all processes, padding not counted; `mfu`, the share of what
+            the device can do that went into the model's own arithmetic (recomputation not counted); `data_wait`, the
+            share of the time spent waiting for data; `memory_gib`, the most that PyTorch has held on a device so far,
+            or the process on a CPU.
         """
-        tokens = int(torch.cat(self._tokens).sum())
+        lengths = torch.cat(self._lengths).tolist()
+        grids = torch.cat(self._grids).tolist() if self._grids else []
+        flops = training_flops(self._config, lengths, grids, self._trains) if self._counts_flops else math.nan
         seconds = time.perf_counter() - self._since
         if self._device.type == "cuda":
             memory = torch.cuda.max_memory_reserved(self._device)
         else:
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        own = torch.tensor([self._clips, tokens, seconds, self.waited, memory], dtype=torch.float64)
-        clips, tokens, seconds, waited, memory = gather(own.to(self._device)).view(-1, len(own)).cpu().unbind(1)
+        own = [self._clips, sum(lengths), flops, seconds, self.waited, memory]
+        all_own = gather(torch.tensor(own, dtype=torch.float64, device=self._device)).view(-1, len(own)).cpu()
+        clips, tokens, flops, seconds, waited, memory = all_own.unbind(1)
         self._reset()
         return {
             "clips_per_second": (clips.sum() / seconds.max()).item(),
             "tokens_per_second": (tokens.sum() / seconds.max()).item(),
+            "mfu": (flops.mean() / seconds.max()).item() / self._peak,
             "data_wait": (waited / seconds).mean().item(),
             "memory_gib": memory.max().item() / _GIB,
         }

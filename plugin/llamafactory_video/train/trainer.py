@@ -4,6 +4,7 @@ What LLaMA-Factory's trainer adds comes between this class and transformers' own
 """
 
 import contextlib
+import json
 import shutil
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from ..model.vision import call_vision_once
 from .audit import GradientAudit, GradientError, describe_faults
 from .checkpoint import UNFINISHED, check_room, explain
 from .optimizer import group_rows, group_table
+from .run_record import add_to_model_card, finished, read_run_record, write_run_record
 from .throughput import Throughput
 
 IGNORE_INDEX = -100
@@ -39,6 +41,7 @@ class VideoTrainer(Trainer):
             micro-batches. "micro_batches": the mean of the micro-batches' means, as LLaMA-Factory has it.
         gradient_check: what happens when a module that should learn has no usable gradient after the first step.
         processor: saved with each checkpoint, before the checkpoint takes its name.
+        describe: makes the record of the run (run_record.py), given `earlier` and `step`.
         log: takes a line for the person who runs this.
     """
 
@@ -47,6 +50,7 @@ class VideoTrainer(Trainer):
         *args: Any,
         loss_normalization: Literal["tokens", "micro_batches"] = "tokens",
         gradient_check: Literal["error", "warn", "off"] = "error",
+        describe: Callable[..., dict[str, Any]] | None = None,
         log: Callable[[str], None] = print,
         **kwargs: Any,
     ) -> None:
@@ -54,7 +58,7 @@ class VideoTrainer(Trainer):
         if loss_normalization == "tokens" and self.compute_loss_func is None:
             self.compute_loss_func = self.token_loss
         self._saved_processor = kwargs.get("processor")
-        self._gradient_check, self._tell = gradient_check, log
+        self._gradient_check, self._describe, self._tell = gradient_check, describe, log
         self._audit: GradientAudit | None = None
         self._throughput: Throughput | None = None
         self._rates: dict[str, float] = {}
@@ -104,7 +108,9 @@ class VideoTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Micro-batches of a step; the time until they are there is the time of waiting for data."""
         if self._throughput is None:
-            self._throughput = Throughput(self.model, self.args.device)
+            low = {self.args.bf16: torch.bfloat16, self.args.fp16: torch.float16}
+            trained = next(p.dtype for p in self.model.parameters() if p.requires_grad)
+            self._throughput = Throughput(self.model, self.args.device, low.get(True, trained))
         self._throughput.start()
         started = time.perf_counter()
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -148,7 +154,7 @@ class VideoTrainer(Trainer):
         if self._audit is None:
             return
         if self.is_fsdp_enabled:
-            self._audit.take()
+            self._audit.take(self.model.named_parameters())
         faults = self._audit.check(self.args.device, scaled=self.accelerator.scaler is not None)
         if not self._audit.pending:
             self._audit = None
@@ -163,6 +169,25 @@ class VideoTrainer(Trainer):
                     "lora_target), or go on all the same with `gradient_check: warn`."
                 )
             self._tell(text)
+
+    # --- The record of the run ---
+
+    def begin_record(self) -> None:
+        """Write `run.json` into the output folder; a run that goes on keeps what was written before."""
+        if self._describe is not None and self.is_world_process_zero():
+            folder, step = Path(self.args.output_dir), self.state.global_step
+            earlier = read_run_record(folder) if step else None
+            write_run_record(folder, self._describe(earlier=earlier, step=step))
+
+    def finish_record(self) -> None:
+        """Add the end of the training and its results to `run.json`, and all of it to the model card."""
+        folder = Path(self.args.output_dir)
+        record = read_run_record(folder) if self.args.do_train and self.is_world_process_zero() else None
+        if record is not None:
+            results = json.loads((folder / "all_results.json").read_text(encoding="utf-8"))
+            record = finished(record, self.state.global_step, results)
+            write_run_record(folder, record)
+            add_to_model_card(folder / "README.md", record)
 
     # --- Checkpoints ---
 
@@ -224,7 +249,8 @@ class _StepWatch(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The mean loss at the end is that of the whole run, what went before a kill included."""
+        self.trainer.begin_record()
+        # The mean loss at the end is that of the whole run, what went before a kill included.
         step = 0
         for line in state.log_history:
             if "loss" in line:
@@ -233,7 +259,9 @@ class _StepWatch(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.check_gradients()
-        for group in self.trainer.optimizer.param_groups:
+        for group in reversed(
+            self.trainer.optimizer.param_groups
+        ):  # the first of a module: LoRA+ has others behind it
             if "module" in group:
                 self.trainer._rates[group["module"]] = float(group["lr"])
 
