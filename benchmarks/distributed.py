@@ -63,7 +63,8 @@ def main() -> None:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--model", choices=SIZES, default="4B", help="4B: as --config says")
     parser.add_argument("--gpus", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=2, help="clips of a GPU at once")
+    parser.add_argument("--batch", type=int, default=8, help="clips of a GPU at once")
+    parser.add_argument("--micro-batches", type=int, default=4, help="of a GPU in a step, with --gpus GPUs")
     parser.add_argument("--offload", action="store_true")
     parser.add_argument("--only", nargs="+", choices=[*ENGINES, *OFFLOAD], default=[], metavar="ENGINE")
     add_options(parser, steps=8, limit=300)
@@ -76,7 +77,7 @@ def main() -> None:
     for name, words in {"one GPU": [], **engines}.items():
         print(f"--- {name}", flush=True)
         gpus = 1 if name == "one GPU" else options.gpus
-        batch = [f"per_device_train_batch_size={options.batch}", f"gradient_accumulation_steps={options.gpus // gpus}"]
+        batch = [f"per_device_train_batch_size={options.batch}", f"gradient_accumulation_steps={options.micro_batches * options.gpus // gpus}"]
         overrides = ["deepspeed=null", *batch, *words, *options.overrides]
         run = name.replace(" ", "_")
         results[name] = measure(options, options.recipe, overrides, run, gpus)

@@ -81,6 +81,7 @@ def _train(keys: dict, rank: int, count: int, port: int, largest_file: int | Non
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
         os.environ |= {"LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of the workers that read clips, as it is outside this test
     log = open(f"{keys['output_dir']}.{rank}.log", "a")  # noqa: SIM115
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
