@@ -89,7 +89,7 @@ def _hparams_parser(parser: ModuleType) -> None:
 
 def _prepare_fsdp(args: dict[str, Any]) -> None:
     """What `accelerate launch` sets for FSDP, and LLaMA-Factory and accelerate read before they read the recipe."""
-    if args.get("fsdp"):
+    if args.get("fsdp") and args.get("template") in (TEMPLATE, THINKING_TEMPLATE):
         config = args.get("fsdp_config") or {}
         if isinstance(config, str):
             config = json.loads(Path(config).read_text(encoding="utf-8"))

@@ -12,6 +12,10 @@ import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
 
 _KEY = "llamafactory_video/failure"
 _INTERVAL = 0.5  # seconds
@@ -34,24 +38,26 @@ def stopping_together() -> Iterator[None]:
     except BaseException as error:
         ended.set()
         with contextlib.suppress(Exception):  # the store is gone where its process is
-            _connect().set(_KEY, f"process {os.environ['RANK']} failed: {type(error).__name__}: {error}")
+            _connect(timedelta(seconds=10)).set(
+                _KEY, f"process {os.environ['RANK']} failed: {type(error).__name__}: {error}"
+            )
             time.sleep(3 * _INTERVAL)  # process 0 may hold the store: the others read before it goes
         raise
     finally:
         ended.set()
 
 
-def _connect():
-    """A connection of this thread's own to the store of the run."""
+def _connect(timeout: timedelta) -> "TCPStore":
+    """A connection of one's own to the store of the run, which may not be there yet, or no longer."""
     from torch.distributed import TCPStore
 
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return TCPStore(host, port, is_master=False, timeout=timedelta(minutes=30))
+    return TCPStore(host, port, is_master=False, timeout=timeout)
 
 
 def _watch(ended: threading.Event) -> None:
     with contextlib.suppress(Exception):  # without the store, what is left is each engine's own time-out
-        store = _connect()
+        store = _connect(timedelta(minutes=30))
         while not ended.wait(_INTERVAL):
             if store.check([_KEY]):
                 failure = store.get(_KEY).decode()

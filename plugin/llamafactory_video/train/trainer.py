@@ -220,8 +220,9 @@ class VideoTrainer(Trainer):
             if self.args.should_save:
                 if self._saved_processor is not None:
                     self._saved_processor.save_pretrained(staged)
-                if self.state.best_global_step:
-                    self.state.best_model_checkpoint = str(run_dir / f"checkpoint-{self.state.best_global_step}")
+                best = run_dir / f"checkpoint-{self.state.best_global_step}"
+                if best == final or best.is_dir():
+                    self.state.best_model_checkpoint = str(best)
                     self.state.save_to_json(str(staged / "trainer_state.json"))
         except Exception as error:
             shutil.rmtree(staged.parent, ignore_errors=True)
