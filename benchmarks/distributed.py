@@ -77,7 +77,10 @@ def main() -> None:
     for name, words in {"one GPU": [], **engines}.items():
         print(f"--- {name}", flush=True)
         gpus = 1 if name == "one GPU" else options.gpus
-        batch = [f"per_device_train_batch_size={options.batch}", f"gradient_accumulation_steps={options.micro_batches * options.gpus // gpus}"]
+        batch = [
+            f"per_device_train_batch_size={options.batch}",
+            f"gradient_accumulation_steps={options.micro_batches * options.gpus // gpus}",
+        ]
         overrides = ["deepspeed=null", *batch, *words, *options.overrides]
         run = name.replace(" ", "_")
         results[name] = measure(options, options.recipe, overrides, run, gpus)
