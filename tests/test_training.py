@@ -306,7 +306,7 @@ def test_zero_gradients_and_those_that_are_not_finite_are_told_apart(keys, tmp_p
         train(keys, tmp_path / "zero", Cut("model.visual.merger", lambda output: output * 0), dataset="clips")
     with pytest.raises(GradientError, match=r"gradient not finite: .*model\.visual\.patch_embed\.proj"):
         broken = Cut("model.visual.merger", lambda output: output * torch.inf)
-        train(keys, tmp_path / "inf", broken, dataset="clips", logging_nan_inf_filter=False)
+        train(keys, tmp_path / "inf", broken, dataset="clips")
 
 
 def test_a_run_goes_on_without_a_gradient_where_it_is_allowed(keys, tmp_path, caplog):
@@ -325,6 +325,69 @@ def test_vision_is_judged_once_something_is_shown(keys, tmp_path):
 
 def _cut(value):
     return [_cut(item) for item in value] if isinstance(value, list | tuple) else value.detach()
+
+
+def test_a_run_that_diverges_stops_before_it_is_saved(keys, tmp_path):
+    rates = {"learning_rate": 1e30, "mm_projector_lr": 1e30, "vision_tower_lr": 1e30}
+    with pytest.raises(GradientError, match=r"training has diverged \(loss nan.* Lower the learning rates"):
+        train(keys, tmp_path, **rates, logging_steps=5, save_strategy="steps", save_steps=3)
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+# --- Started again ---------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_that_is_started_again_changes_nothing(keys, tmp_path):
+    again = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2}
+    lines = train(keys, tmp_path, **again)
+    files = ("model.safetensors", "checkpoint-3/model.safetensors", "checkpoint-3/optimizer.pt")
+    before = [(tmp_path / name).read_bytes() for name in files]
+    assert train(keys, tmp_path, **again) == lines
+    assert [(tmp_path / name).read_bytes() for name in files] == before
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    assert json.loads((tmp_path / "train_results.json").read_text())["train_steps_per_second"] == 0
+    with pytest.raises(ValueError, match="checkpoint-3 is of another finetuning_type than lora"):
+        train(keys, tmp_path, **again, **LORA)
+
+
+def test_a_resumed_run_says_what_has_changed(keys, tmp_path, monkeypatch):
+    from llamafactory_video.train.trainer import VideoTrainer
+
+    told = []
+    prepare = VideoTrainer.__init__
+    monkeypatch.setattr(
+        VideoTrainer, "__init__", lambda self, *args, log, **kw: prepare(self, *args, log=told.append, **kw)
+    )
+    train(keys, tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+    train(keys, tmp_path, max_steps=3, save_strategy="steps", save_steps=2, learning_rate=1e-3)
+    assert len(told) == 1
+    assert "goes on from step 2" in told[0] and "learning_rate: 0.002 -> 0.001" in told[0]
+    assert "Rates and their schedule stay those of the checkpoint" in told[0]
+
+
+def test_what_is_frozen_stands_in_the_table(keys, tmp_path):
+    train(keys, tmp_path, max_steps=1, vision_tower_lr=None, freeze_vision_tower=True)
+    rows = [line.split() for line in (tmp_path / "trained_modules.txt").read_text().splitlines()]
+    assert [row[:1] + row[2:] for row in rows if "frozen" in row] == [["vision_tower", "frozen"]]
+    assert [row[0] for row in rows].count("language_model") == 2  # with and without weight decay
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"vision_tower_lr": "2e-6x"}, "vision_tower_lr is 2e-6x; a learning rate is a number"),
+        ({"mm_projector_lr": -1e-6}, "mm_projector_lr is -1e-06; a learning rate is a number, 0 or above"),
+        ({"freeze_vision_tower": True}, "vision_tower_lr is given, but no parameter of the vision_tower trains"),
+    ],
+)
+def test_rates_that_cannot_be_are_refused(keys, tmp_path, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        train(keys, tmp_path, **overrides)
+
+
+def test_the_word_off_is_what_yaml_makes_of_it(keys, tmp_path):
+    cut = Cut("model.visual.merger", torch.Tensor.detach)
+    assert len(train(keys, tmp_path, cut, dataset="clips", gradient_check=False, max_steps=1)) == 1
 
 
 # --- One call of the vision tower ------------------------------------------------------------------------------------

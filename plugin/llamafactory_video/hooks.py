@@ -71,7 +71,8 @@ def _hparams_parser(parser: ModuleType) -> None:
                 # transformers asks nobody for an optimizer that DeepSpeed makes, so it is seen here.
                 check_deepspeed(training_args.deepspeed, finetuning_args)
             if parsed[1].template in (TEMPLATE, THINKING_TEMPLATE):
-                _check_folders(parser.logger, parsed[0], *(p for p in parsed if hasattr(p, "do_train")))
+                training = next((p for p in parsed if hasattr(p, "do_train")), None)
+                _check_folders(parser.logger, parsed[0], training, finetuning_args)
             return parsed
 
         return parse_and_check
@@ -100,18 +101,30 @@ def _prepare_fsdp(args: dict[str, Any]) -> None:
             os.environ.setdefault(name, str(value))
 
 
-def _check_folders(logger: Any, model_args: Any, training_args: Any = None) -> None:
-    """A folder that is missing is not asked of the hub, and one that holds a finished run is said."""
+def _check_folders(logger: Any, model_args: Any, training_args: Any, finetuning_args: Any) -> None:
+    """A folder that is missing is not asked of the hub; one that holds another run, or cannot be written, is said."""
     for path in (model_args.model_name_or_path, *(model_args.adapter_name_or_path or ())):
         first = Path(path).parts[0]
         is_local = path.startswith((".", "/", "~", "output/")) or path.count("/") > 1 or Path(first).is_dir()
         if is_local and not Path(path).is_dir():
             raise ValueError(f"no folder {path}; give the folder of a model or adapter, or the name of one on the hub")
-    if (
-        training_args is not None
-        and training_args.do_train
-        and Path(training_args.output_dir, "train_results.json").is_file()
-    ):
+    if training_args is None:
+        return
+    folder = Path(training_args.output_dir)
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"output_dir {folder} cannot be written: {there} is read-only")
+    if not training_args.do_train or getattr(training_args, "overwrite_output_dir", False):
+        return
+    from .train.checkpoint import last_whole_checkpoint
+
+    before = last_whole_checkpoint(folder)
+    is_adapter = finetuning_args.finetuning_type in ("lora", "oft")
+    if before and Path(before, "adapter_config.json").is_file() != is_adapter:
+        raise ValueError(
+            f"{before} is of another finetuning_type than {finetuning_args.finetuning_type}; give another output_dir"
+        )
+    if Path(folder, "train_results.json").is_file():
         logger.warning_rank0(
             f"{training_args.output_dir} holds a finished run, and this one goes on from its last checkpoint. To train "
             "anew, give another output_dir or remove that folder."
@@ -119,6 +132,12 @@ def _check_folders(logger: Any, model_args: Any, training_args: Any = None) -> N
 
 
 def _check_keys_fit_template(model_args: Any, data_args: Any, finetuning_args: Any) -> None:
+    if finetuning_args.gradient_check is False:  # what YAML makes of the word off
+        finetuning_args.gradient_check = "off"
+    for name in ("vision_tower_lr", "mm_projector_lr"):
+        rate = getattr(finetuning_args, name)
+        if rate is not None and not (isinstance(rate, int | float) and rate >= 0):
+            raise ValueError(f"{name} is {rate}; a learning rate is a number, 0 or above")
     words = {
         "video_fit": (data_args.video_fit, ("error", "shrink")),
         "loss_normalization": (finetuning_args.loss_normalization, ("tokens", "micro_batches")),
@@ -606,13 +625,17 @@ def _sft_workflow(workflow: ModuleType) -> None:
 
         keys = kwargs["finetuning_args"]
         data = kwargs.get("train_dataset"), kwargs.get("eval_dataset")
-        return VideoSeq2SeqTrainer(
+        trainer = VideoSeq2SeqTrainer(
             loss_normalization=keys.loss_normalization,
             gradient_check=keys.gradient_check,
             describe=functools.partial(describe_run, tuple(arguments), kwargs["model"], kwargs["processor"], *data),
             log=workflow.logger.warning_rank0,
             **kwargs,
         )
+        for callback in trainer.callback_handler.callbacks:
+            if type(callback).__name__ == "SaveProcessorCallback":
+                callback.on_save = lambda *_, **__: None  # a checkpoint that has its name is not written to again
+        return trainer
 
     def run_sft(*args: Any, **kwargs: Any) -> None:
         data_args = args[1]

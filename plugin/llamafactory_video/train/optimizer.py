@@ -74,6 +74,10 @@ def make_optimizer(
         return stock(model, training_args, finetuning_args)
     if rates:
         check_rates(rates, training_args.learning_rate)
+        if training_args.optim in ("lomo", "adalomo"):  # before its package is asked for
+            raise ValueError(
+                f"{_keys(rates)} cannot work with optim {training_args.optim}: {UNSPLITTABLE['lomo_optim']}"
+            )
         check_deepspeed(training_args.deepspeed, finetuning_args)
         check_trained(rates, named, finetuning_args)
     _round_stochastically(training_args, named)
@@ -91,7 +95,7 @@ def make_optimizer(
         check_rounding(optimizer)
     if rates:
         _bounds_by_module(training_args, optimizer)
-    log(f"Optimizer groups ({type(optimizer).__name__}):\n{group_table(group_rows(optimizer))}")
+    log(f"Optimizer groups ({type(optimizer).__name__}):\n{group_table(group_rows(optimizer), named)}")
     return optimizer
 
 
@@ -384,10 +388,15 @@ def group_rows(optimizer: torch.optim.Optimizer) -> list[GroupRow]:
     ]
 
 
-def group_table(rows: Iterable[GroupRow]) -> str:
-    """Rows as aligned text under a header; numbers to the right."""
+def group_table(rows: Iterable[GroupRow], named_parameters: Iterable[tuple[str, torch.nn.Parameter]] = ()) -> str:
+    """Rows as aligned text under a header; numbers to the right. Below, how much of `named_parameters` is frozen."""
     header = tuple(field.replace("_", " ") for field in GroupRow._fields)
     cells = [header, *((m, f"{n:,}", f"{t:,}", f"{r:g}", f"{d:g}", kinds) for m, n, t, r, d, kinds in rows)]
+    frozen: Counter[str] = Counter()
+    for name, parameter in named_parameters:
+        if not parameter.requires_grad:
+            frozen[module_of(name)] += getattr(parameter, "ds_numel", parameter.numel())
+    cells += [(module, f"{frozen[module]:,}", "", "frozen", "", "") for module in MODULES if frozen[module]]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = (
         "  ".join(

@@ -5,6 +5,7 @@ What LLaMA-Factory's trainer adds comes between this class and transformers' own
 
 import contextlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from ..model.vision import call_vision_once
 from .audit import GradientAudit, GradientError, describe_faults
-from .checkpoint import UNFINISHED, check_room, explain
+from .checkpoint import UNFINISHED, check_room, explain, last_whole_checkpoint
 from .optimizer import group_rows, group_table
 from .run_record import add_to_model_card, finished, read_run_record, write_run_record
 from .throughput import Throughput
@@ -55,6 +56,7 @@ class VideoTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.args.logging_nan_inf_filter = False  # it would show a loss that is not finite as 0; see `log`
         if loss_normalization == "tokens" and self.compute_loss_func is None:
             self.compute_loss_func = self.token_loss
         self._saved_processor = kwargs.get("processor")
@@ -64,6 +66,7 @@ class VideoTrainer(Trainer):
         self._rates: dict[str, float] = {}
         self._evaluated: list[torch.Tensor] = []
         self._saving = False
+        self._resumed_at = 0
         for module in self.model.modules():
             if type(module).__name__ in ("Qwen3VLModel", "Qwen3VLMoeModel"):
                 call_vision_once(module)
@@ -107,6 +110,9 @@ class VideoTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Micro-batches of a step; the time until they are there is the time of waiting for data."""
+        if self.state.global_step >= self.state.max_steps:  # a finished run that is started again has nothing to do
+            self.control.should_training_stop = True
+            return [], None
         if self._throughput is None:
             low = {self.args.bf16: torch.bfloat16, self.args.fp16: torch.float16}
             trained = next(p.dtype for p in self.model.parameters() if p.requires_grad)
@@ -128,9 +134,35 @@ class VideoTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """A line of training also tells the rate of each module and how fast it goes."""
         if "loss" in logs:
+            self._check_finite(logs)
             logs |= {RATE_NAMES[module]: rate for module, rate in self._rates.items()}
             logs |= self._throughput.read(self.accelerator.gather)
         super().log(logs, start_time)
+
+    def _check_finite(self, logs: dict[str, float]) -> None:
+        """Stop before weights that are lost are saved: every checkpoint comes after a line of the log."""
+        found = {"loss": logs["loss"]}
+        if self.accelerator.scaler is None:  # fp16 loss scaling skips steps whose gradients are not finite
+            found["gradient norm"] = logs.get("grad_norm", 0.0)
+        wrong = [f"{name} {value}" for name, value in found.items() if not math.isfinite(value)]
+        if wrong and self._gradient_check != "off":
+            before = last_whole_checkpoint(self.args.output_dir)
+            text = (
+                f"by step {self.state.global_step}, training has diverged ({', '.join(wrong)}). "
+                + (f"{before} was saved before. " if before else "")
+                + "Lower the learning rates, in another output_dir"
+            )
+            if self._gradient_check == "error":
+                raise GradientError(f"{text}; `gradient_check: warn` goes on all the same.")
+            self._tell(text)
+
+    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
+        """Speeds are of the steps that this start made; transformers counts those before a kill too."""
+        output = super()._finalize_training(trial, num_train_samples, start_time)
+        made = (self.state.global_step - self._resumed_at) / max(self.state.max_steps, 1)
+        for name in ("train_samples_per_second", "train_steps_per_second"):
+            output.metrics[name] = round(output.metrics[name] * made, 3)
+        return output
 
     # --- Optimizer and audit ---
 
@@ -139,7 +171,8 @@ class VideoTrainer(Trainer):
         if self.args.should_save and all("module" in group for group in optimizer.param_groups):
             table = Path(self.args.output_dir, "trained_modules.txt")
             table.parent.mkdir(parents=True, exist_ok=True)
-            table.write_text(group_table(group_rows(optimizer)) + "\n", encoding="utf-8")
+            text = group_table(group_rows(optimizer), self.model.named_parameters())
+            table.write_text(text + "\n", encoding="utf-8")
         if self._gradient_check != "off":
             # DeepSpeed takes gradients away before they can be looked at; FSDP computes those of other tensors.
             self._audit = GradientAudit(self.model.named_parameters(), from_hooks=not self.is_fsdp_enabled)
@@ -165,8 +198,9 @@ class VideoTrainer(Trainer):
             )
             if self._gradient_check == "error":
                 raise GradientError(
-                    f"{text}Freeze them (freeze_vision_tower, freeze_multi_modal_projector, freeze_language_model, "
-                    "lora_target), or go on all the same with `gradient_check: warn`."
+                    f"{text}Freeze what is not meant to train (freeze_vision_tower, freeze_multi_modal_projector, "
+                    "freeze_language_model, lora_target); a gradient that is not finite comes from weights that are "
+                    "lost, or a rate that is too high. `gradient_check: warn` goes on all the same."
                 )
             self._tell(text)
 
@@ -176,8 +210,15 @@ class VideoTrainer(Trainer):
         """Write `run.json` into the output folder; a run that goes on keeps what was written before."""
         if self._describe is not None and self.is_world_process_zero():
             folder, step = Path(self.args.output_dir), self.state.global_step
-            earlier = read_run_record(folder) if step else None
-            write_run_record(folder, self._describe(earlier=earlier, step=step))
+            record = self._describe(earlier=read_run_record(folder) if step else None, step=step)
+            write_run_record(folder, record)
+            changed = record["history"][-1]["changed"] if record["history"] else {}
+            if changed:
+                lines = (f"  {name}: {change['before']} -> {change['now']}" for name, change in changed.items())
+                self._tell(
+                    f"{folder} goes on from step {step}, and is not the run that it was. Rates and their schedule stay "
+                    "those of the checkpoint; for new ones, give another output_dir. Changed are:\n" + "\n".join(lines)
+                )
 
     def finish_record(self) -> None:
         """Add the end of the training and its results to `run.json`, and all of it to the model card."""
@@ -205,6 +246,8 @@ class VideoTrainer(Trainer):
         Raises:
             CheckpointError: if it cannot be written; those before it stay.
         """
+        if self._resumed_at == self.state.global_step:
+            return  # the checkpoint that a finished run went on from
         run_dir = Path(self._get_output_dir(trial))
         final = run_dir / f"checkpoint-{self.state.global_step}"
         staged = run_dir / UNFINISHED / final.name
@@ -250,6 +293,7 @@ class _StepWatch(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._resumed_at = state.global_step
         self.trainer.begin_record()
         # The mean loss at the end is that of the whole run, what went before a kill included.
         step = 0
