@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from PIL import Image
 
 # What the published sizes of Qwen3-VL change in the config of the 4B model.
 SIZES: dict[str, dict[str, Any]] = {
@@ -90,18 +91,28 @@ def _make_model(config_dir: Path, folder: Path, size: str) -> None:
     unfinished.rename(folder)
 
 
-def make_dataset(clips_dir: Path, folder: Path, records: int) -> None:
-    """`records` annotations that go through the clips of a folder in turn."""
+def make_dataset(clips_dir: Path, folder: Path, records: int, mixed: bool = False) -> None:
+    """`records` annotations that go through the clips of a folder in turn.
+
+    Args:
+        mixed: a text, a picture and a picture beside a clip take turns with the clips.
+    """
     clips = sorted(path.resolve() for path in clips_dir.iterdir() if path.is_file())
+    picture = folder.resolve() / "picture.png"
+    Image.effect_noise((640, 360), 80).convert("RGB").save(picture)
     answer = {
         "video_description": "凯从中路出发，先推掉一塔，再和队友在河道会合，打赢了一场团战。",
         "tags": ["游戏直播", "王者荣耀"],
     }
-    turns = [
-        {"from": "human", "value": "<video>\n描述这个视频并进行打标,使用json输出标签"},
-        {"from": "gpt", "value": answer},
-    ]
-    rows = [{"video": str(clips[i % len(clips)]), "conversations": turns} for i in range(records)]
+
+    def record(number: int) -> dict[str, Any]:
+        clip, image = {"video": str(clips[number % len(clips)])}, {"image": str(picture)}
+        kinds = [("<video>", clip), ("", {}), ("<image>", image), ("<image><video>", clip | image)]
+        marks, shown = kinds[number % 4 if mixed else 0]
+        question = {"from": "human", "value": f"{marks}描述这个视频并进行打标,使用json输出标签"}
+        return {**shown, "conversations": [question, {"from": "gpt", "value": answer}]}
+
+    rows = [record(i) for i in range(records)]
     (folder / "clips.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
     info = {"clips": {"file_name": "clips.json", "formatting": "video_conversation"}}
     (folder / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
@@ -187,7 +198,7 @@ def measure(
     if recipe.get("deepspeed"):
         environment["FORCE_TORCHRUN"] = "1"
     clips_a_step = recipe["per_device_train_batch_size"] * recipe.get("gradient_accumulation_steps", 1) * gpus
-    make_dataset(options.clips, options.work, clips_a_step * options.steps)
+    make_dataset(options.clips, options.work, clips_a_step * options.steps, options.mixed)
     run_dir = (options.work / "run").resolve()
     shutil.rmtree(run_dir, ignore_errors=True)
     recipe |= {
@@ -281,6 +292,7 @@ def summary(steps: list[dict[str, float]], clips_a_step: int, peak: float | None
 def add_options(parser: argparse.ArgumentParser, steps: int, limit: int) -> None:
     parser.add_argument("--config", type=Path, required=True, help="folder with 4B's config.json and processor files")
     parser.add_argument("--clips", type=Path, required=True, help="folder of video files")
+    parser.add_argument("--mixed", action="store_true", help="texts and pictures among the clips")
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--work", type=Path, default=Path("bench_work"), help="folder for models, runs and logs")
