@@ -25,10 +25,12 @@ _INTERVAL = 0.5  # seconds
 def stopping_together() -> Iterator[None]:
     """What fails in this block stops the processes of the whole run; in a run of one process it does nothing.
 
-    Reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as torchrun and LLaMA-Factory's Ray workers set them. The
-    others end with exit status 1 after one line on stderr, whatever they are waiting in.
+    Reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as torchrun sets them. The others end with exit status 1 after
+    two lines on stderr, whatever they are waiting in. Under Ray it leaves that to Ray.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "MASTER_PORT" not in os.environ:
+    ray = sys.modules.get("ray")
+    watched_by_ray = ray is not None and ray.is_initialized()  # it stops the workers, and names the first error
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "MASTER_PORT" not in os.environ or watched_by_ray:
         yield
         return
     ended = threading.Event()

@@ -19,7 +19,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from ..model.vision import call_vision_once
 from .audit import GradientAudit, GradientError, describe_faults
-from .checkpoint import UNFINISHED, check_room, explain, last_whole_checkpoint
+from .checkpoint import UNFINISHED, CheckpointError, check_room, explain, last_whole_checkpoint
 from .optimizer import group_rows, group_table
 from .run_record import add_to_model_card, finished, read_run_record, write_run_record
 from .throughput import Throughput
@@ -293,6 +293,12 @@ class _StepWatch(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        steps = self.trainer.accelerator.gather(torch.tensor([state.global_step], device=args.device)).tolist()
+        if len(set(steps)) > 1:
+            raise CheckpointError(
+                f"processes would go on from different steps ({', '.join(map(str, steps))}): nodes with disks of their own "
+                "were killed between two checkpoints. Remove the newer one where there is one"
+            )
         self.trainer._resumed_at = state.global_step
         self.trainer.begin_record()
         # The mean loss at the end is that of the whole run, what went before a kill included.
