@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from conftest import write_clip
 from llamafactory_video.data.conversation import Clip
+from llamafactory_video.video import cache as cache_module
 from llamafactory_video.video import clip as clip_module
 from llamafactory_video.video.cache import FrameCache
 from llamafactory_video.video.clip import ClipReader
@@ -193,6 +194,16 @@ def test_killed_while_writing(tmp_path, caplog):
     for number in found:
         assert (cache.read(f"{number:032x}", (16, 128, 128, 3)) == number).all()
     assert not caplog.text
+
+
+@pytest.mark.parametrize(("disk", "left"), [(1 << 44, 2 << 30), (10 << 30, 1 << 29)])  # 2 GiB, of a small disk 5 %
+def test_room_is_left_for_others(clip, tmp_path, monkeypatch, caplog, disk, left):
+    for room, kept in ((left, False), (left + MIB, True)):
+        monkeypatch.setattr(cache_module, "free_space", lambda _, room=room: (room, disk))
+        used = reader(tmp_path / str(kept))
+        used.show(str(clip))
+        assert used.cache.size().clips == kept
+    assert f"takes no more (less than {left / (1 << 30):g} GiB of its disk" in caplog.text
 
 
 def _write_on_a_full_disk(folder, queue):

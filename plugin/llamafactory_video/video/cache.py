@@ -43,12 +43,12 @@ logger = logging.getLogger(__name__)
 _VERSION = f"1 av {av.__version__} torch {torch.__version__} {torchvision.__version__} pillow {PIL.__version__}"
 _SWEEP_SHARE = 256  # each process sweeps after it wrote this part of the limit
 _HIGH, _LOW = 0.9, 0.8  # shares of the limit: above the first, the oldest leave until the second is reached
-_RESERVE = 0.05  # of the disk is left free for others
 _LEFTOVER_SECONDS = 3600  # a file still being written is never as old
 _TOUCH_SECONDS = 60
 _FINAL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 _SHARD, _ENTRY = re.compile("[0-9a-f]{2}"), re.compile(r"[0-9a-f]{30}(\.json)?(\.[0-9]+-[0-9]+\.tmp)?")
 GIB = 1 << 30
+_RESERVE, _RESERVE_SHARE = 2 * GIB, 0.05  # the smaller of the two is left free on the disk for others
 
 
 def default_folder() -> Path:
@@ -178,8 +178,9 @@ class FrameCache:
         if size > self.limit * _LOW:
             return self._give_up(f"one clip takes {size} bytes, nearly all of its limit, {self.limit}")
         free, total = free_space(self.folder)
-        if free - size < total * _RESERVE:
-            return self._give_up(f"less than {_RESERVE:.0%} of its disk is free")
+        reserve = min(_RESERVE, total * _RESERVE_SHARE)
+        if free - size < reserve:
+            return self._give_up(f"less than {reserve / GIB:.2g} GiB of its disk are free")
         for attempt in (1, 2):  # a folder may be cleared by another process between two steps
             partial = f"{path}.{os.getpid()}-{time.time_ns()}.tmp"
             try:
