@@ -14,6 +14,7 @@ model are in WORK.
 
 import argparse
 import ast
+import hashlib
 import json
 import math
 import multiprocessing
@@ -183,7 +184,8 @@ def measure(
         recipe[key] = yaml.safe_load(value)
     options.out.mkdir(parents=True, exist_ok=True)
     options.work.mkdir(parents=True, exist_ok=True)
-    model = options.work / f"model_{options.model}"
+    config = hashlib.sha256((options.config / "config.json").read_bytes()).hexdigest()[:8]
+    model = options.work / f"model_{options.model}_{config}"
     make_model(options.config, model, options.model)
 
     environment = dict(os.environ)

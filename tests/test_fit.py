@@ -5,7 +5,7 @@ import math
 
 import pytest
 from conftest import write_clip
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from llamafactory_video.arguments import apply_to_processor
 from llamafactory_video.data.conversation import Clip, decode_clip, parse_record
@@ -64,6 +64,12 @@ def test_no_clip_takes_more_than_most_tokens(info, sampling):
 
 
 @settings(max_examples=1000, deadline=None)
+@example(
+    ClipInfo(34, 1.0, 34.0, 259, 2037),
+    Sampling("qwen_vl_utils", 1.0, 2, 34, min_pixels=4096, max_pixels=None, total_pixels=516762),
+    0,
+    0.0,
+)
 @given(infos, samplings, st.integers(0, SHRINK_STAGES - 1), st.floats(0, 1))
 def test_shrinking_follows_its_rule(info, sampling, stage, share):
     """Pixels first, then frames, neither below the recipe's least; below them only in the last two stages."""

@@ -223,7 +223,6 @@ def test_the_4b_model_counts_as_the_measurements_of_this_project_do():
     ours = training_flops(config, [713], [(16, 8, 14)], dict.fromkeys(MODULES, "full"))
     theirs = ours - attention + 6 * patches * (mergers * 3 // 4 + visual.pos_embed.weight.numel())
     assert theirs / 1e12 == pytest.approx(21.7, abs=0.05)
-    assert ours / 1e12 == pytest.approx(21.27, abs=0.01)
 
 
 def test_the_peak_of_this_machine_is_that_of_a_matrix_product():

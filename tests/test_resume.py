@@ -233,6 +233,19 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_says_so(keys, tmp_path, cou
     assert whole_steps(output) == [STEPS - 2, STEPS]
 
 
+def test_all_processes_load_the_best_checkpoint(keys, tmp_path):
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    evaluated = {"eval_dataset": "clips", "eval_strategy": "steps", "eval_steps": 2}
+    output = tmp_path / "out"
+    assert Run(keys, output, 2, max_steps=6, save_total_limit=None, **best, **evaluated).end() == [0, 0]
+    state = json.loads((output / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(output / "checkpoint-2")  # greater is better: the first, not the last
+    found, wanted = (load_file(folder / "model.safetensors") for folder in (output, output / "checkpoint-2"))
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    for rank in range(2):
+        assert "Could not locate" not in Path(f"{output}.{rank}.log").read_text(errors="replace")
+
+
 def test_a_checkpoint_that_has_no_room_is_not_begun(keys, tmp_path, monkeypatch):
     from llamafactory_video.train import checkpoint
 
@@ -243,9 +256,13 @@ def test_a_checkpoint_that_has_no_room_is_not_begun(keys, tmp_path, monkeypatch)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage._replace(free=1001))
     with pytest.raises(checkpoint.CheckpointError, match="it needs 0.00 GiB, as .*checkpoint-2 does"):
-        checkpoint.check_room(tmp_path)
+        checkpoint.check_room(tmp_path, weights_only=False)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage._replace(free=1002))
-    checkpoint.check_room(tmp_path)
+    checkpoint.check_room(tmp_path, weights_only=False)
+    (whole / "optimizer.pt").write_bytes(bytes(1000))
+    (whole / "global_step2").mkdir()
+    (whole / "global_step2" / "part.pt").write_bytes(bytes(1000))
+    checkpoint.check_room(tmp_path, weights_only=True)
     assert checkpoint.last_whole_checkpoint(tmp_path) == str(whole)
     (tmp_path / "checkpoint-10").mkdir()
     (tmp_path / "checkpoint-10" / "trainer_state.json").write_text('{"cut')

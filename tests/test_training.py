@@ -8,9 +8,11 @@ import copy
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -23,9 +25,12 @@ from llamafactory_video.demo.tiny_model import save_tiny_model
 from llamafactory_video.hooks import recipe_data
 from llamafactory_video.model.template import token_type_ids, vision_inputs
 from llamafactory_video.model.vision import call_vision_once
-from llamafactory_video.train.audit import GradientError
+from llamafactory_video.train.audit import GradientAudit, GradientError
+from llamafactory_video.train.checkpoint import CheckpointError
+from llamafactory_video.train.trainer import VideoTrainer
 from PIL import Image
 from safetensors.torch import load_file
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import AutoModelForImageTextToText, TrainerCallback
 
 STEPS, BATCH = 20, 4
@@ -126,8 +131,21 @@ def steps(output: Path) -> list[dict]:
     return [line for line in history if "loss" in line]
 
 
-def start_processes(keys: dict, output: Path, count: int, port: int, **overrides) -> subprocess.CompletedProcess:
+@pytest.fixture
+def told(monkeypatch):
+    """What the trainer tells the person who runs it."""
+    lines = []
+    prepare = VideoTrainer.__init__
+    monkeypatch.setattr(
+        VideoTrainer, "__init__", lambda self, *args, log, **kwargs: prepare(self, *args, log=lines.append, **kwargs)
+    )
+    return lines
+
+
+def start_processes(keys: dict, output: Path, count: int, **overrides) -> subprocess.CompletedProcess:
     """The same on several processes of the CPU, as `llamafactory-cli train` starts them."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
     file = write_recipe({**keys, **overrides}, output)
     environment = {**os.environ, "FORCE_TORCHRUN": "1", "NPROC_PER_NODE": str(count), "MASTER_PORT": str(port)}
     command = [sys.executable, "-m", "llamafactory.cli", "train", str(file)]
@@ -240,9 +258,7 @@ def test_twenty_steps_of_lora_equal_a_plain_loop(keys, plain, tmp_path):
 
 def test_two_processes_whose_batches_differ_in_kind_equal_a_plain_loop(keys, plain, tmp_path):
     """One record a batch: while one process has a text, the other has a picture, or a clip with a picture beside one."""
-    run = start_processes(
-        keys, tmp_path / "two", 2, 29810, per_device_train_batch_size=1, gradient_accumulation_steps=2
-    )
+    run = start_processes(keys, tmp_path / "two", 2, per_device_train_batch_size=1, gradient_accumulation_steps=2)
     assert run.returncode == 0, run.stderr[-3000:]
     expected, weights = plain("full")
     assert_same(steps(tmp_path / "two"), expected)
@@ -309,17 +325,18 @@ def test_zero_gradients_and_those_that_are_not_finite_are_told_apart(keys, tmp_p
         train(keys, tmp_path / "inf", broken, dataset="clips")
 
 
-def test_a_run_goes_on_without_a_gradient_where_it_is_allowed(keys, tmp_path, caplog):
+def test_a_run_goes_on_without_a_gradient_where_it_is_allowed(keys, tmp_path, told):
     cut = Cut("model.visual.merger", torch.Tensor.detach)
     lines = train(keys, tmp_path, cut, dataset="clips", gradient_check="warn", max_steps=2)
     assert len(lines) == 2
+    assert len(told) == 1 and "gradient missing: " in told[0] and "model.visual.merger.linear_fc1" in told[0]
 
 
 def test_vision_is_judged_once_something_is_shown(keys, tmp_path):
     """Texts alone give the vision tower no gradient, and that is right."""
     assert len(train(keys, tmp_path / "texts", dataset="texts", max_steps=2)) == 2
     cut = Cut("model.visual", lambda output: type(output)(**{k: _cut(v) for k, v in output.items()}))
-    with pytest.raises(GradientError, match="after step 3"):  # 8 texts first, in batches of 4
+    with pytest.raises(GradientError, match="after step 4"):  # 8 texts first, in batches of 4; asked at 1, 2, 4, 8, …
         train(keys, tmp_path / "later", cut, dataset="texts,clips", max_samples=8, max_steps=4)
 
 
@@ -332,6 +349,32 @@ def test_a_run_that_diverges_stops_before_it_is_saved(keys, tmp_path):
     with pytest.raises(GradientError, match=r"training has diverged \(loss nan.* Lower the learning rates"):
         train(keys, tmp_path, **rates, logging_steps=5, save_strategy="steps", save_steps=3)
     assert not list(tmp_path.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("logging", [{"logging_steps": 500}, {"logging_strategy": "no"}])
+@pytest.mark.parametrize("saving", [{"save_strategy": "no"}, {"save_strategy": "steps", "save_steps": 4}])
+def test_it_is_not_saved_where_no_line_of_the_log_tells(keys, tmp_path, logging, saving):
+    rates = {"learning_rate": 1e30, "mm_projector_lr": 1e30, "vision_tower_lr": 1e30}
+    with pytest.raises(GradientError, match=r"training has diverged \(loss nan"):
+        train(keys, tmp_path, **rates, **logging, **saving, max_steps=6)
+    assert not list(tmp_path.glob("**/*.safetensors"))
+
+
+def test_hooks_are_gone_once_all_is_judged(keys, tmp_path):
+    """DeepSpeed asks for the optimizer twice."""
+    start, ask = Start(), VideoTrainer.create_optimizer
+    with mock.patch.object(VideoTrainer, "create_optimizer", lambda self: (ask(self), ask(self))[1]):
+        train(keys, tmp_path, start, dataset="clips", max_steps=1)
+    assert not any(weight._backward_hooks for weight in start.model.parameters())
+
+
+def test_a_layer_keeps_its_name_when_it_is_wrapped():
+    inner = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    audit = GradientAudit(inner.named_parameters(), from_hooks=False)
+    wrapped = torch.compile(torch.nn.Sequential(checkpoint_wrapper(inner[0])))
+    wrapped(torch.ones(1, 2)).sum().backward()
+    audit.take(wrapped.named_parameters())
+    assert audit.check(torch.device("cpu")) == {} and audit.pending == []
 
 
 # --- Started again ---------------------------------------------------------------------------------------------------
@@ -350,19 +393,40 @@ def test_a_finished_run_that_is_started_again_changes_nothing(keys, tmp_path):
         train(keys, tmp_path, **again, **LORA)
 
 
-def test_a_resumed_run_says_what_has_changed(keys, tmp_path, monkeypatch):
-    from llamafactory_video.train.trainer import VideoTrainer
+def test_a_resumed_run_says_what_has_changed(keys, tmp_path, told):
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    train(keys, tmp_path, max_steps=2, **saving)
+    with pytest.raises(CheckpointError, match=r"would have no effect:\n  learning_rate: 0.002 -> 0.001\nGive another"):
+        train(keys, tmp_path, max_steps=3, learning_rate=1e-3, **saving)
+    assert not told
+    lines = train(keys, tmp_path, max_steps=4, warmup_steps=0, lr_scheduler_type="linear", **saving)
+    assert len(told) == 1 and "goes on from step 2" in told[0] and "warmup_steps: 3 -> the default" in told[0]
+    # The rate of the next step was set before the run was cut short.
+    assert [line["learning_rate"] for line in lines[2:]] == pytest.approx([2e-3 * 2 / 3, 2e-3 * 1 / 4])
 
-    told = []
-    prepare = VideoTrainer.__init__
-    monkeypatch.setattr(
-        VideoTrainer, "__init__", lambda self, *args, log, **kw: prepare(self, *args, log=told.append, **kw)
-    )
-    train(keys, tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
-    train(keys, tmp_path, max_steps=3, save_strategy="steps", save_steps=2, learning_rate=1e-3)
-    assert len(told) == 1
-    assert "goes on from step 2" in told[0] and "learning_rate: 0.002 -> 0.001" in told[0]
-    assert "Rates and their schedule stay those of the checkpoint" in told[0]
+
+def test_weights_alone_are_nothing_to_go_on_from(keys, tmp_path):
+    train(keys, tmp_path, max_steps=2, save_strategy="steps", save_steps=2, save_only_model=True)
+    with pytest.raises(ValueError, match=r"checkpoint-2 holds weights alone .*`model_name_or_path: .*checkpoint-2`"):
+        train(keys, tmp_path, max_steps=4)
+
+
+def test_an_overwritten_run_leaves_nothing_to_go_on_from(keys, tmp_path, told):
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    train(keys, tmp_path, max_steps=4, **saving)
+    keep = tmp_path / "checkpoint-best"
+    keep.mkdir()
+    train(keys, tmp_path, max_steps=2, overwrite_output_dir=True, **saving)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-best"]
+    assert told == [f"overwrite_output_dir: removed {tmp_path / 'checkpoint-2'}, {tmp_path / 'checkpoint-4'}"]
+
+
+def test_speeds_are_of_the_steps_that_were_made(keys, tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    train(keys, tmp_path, max_steps=2, **saving)
+    train(keys, tmp_path, max_steps=4, **saving)
+    last = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"][-1]
+    assert last["train_samples_per_second"] == pytest.approx(2 * BATCH / last["train_runtime"], rel=0.01)
 
 
 def test_what_is_frozen_stands_in_the_table(keys, tmp_path):
@@ -421,9 +485,28 @@ def test_images_and_clips_go_through_the_vision_tower_together(keys, folder):
 
 
 def test_a_record_that_fails_on_one_process_stops_both_with_its_name(keys, tmp_path):
-    run = start_processes(keys, tmp_path / "two", 2, 29820, dataset="bad", per_device_train_batch_size=1, max_steps=40)
+    run = start_processes(keys, tmp_path / "two", 2, dataset="bad", per_device_train_batch_size=1, max_steps=40)
     assert run.returncode != 0
     assert "bad.json, record 14 (line 1): " in run.stderr and "bad.mp4: is not a video" in run.stderr
+
+
+def test_a_process_that_failed_may_be_started_anew(tmp_path):
+    script = tmp_path / "once.py"
+    script.write_text(
+        "import os, time\n"
+        "from llamafactory_video.train.failure import stopping_together\n"
+        "with stopping_together():\n"
+        "    if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
+        "        if os.environ['RANK'] == '1': raise OSError('for once')\n"
+        "        time.sleep(60)\n"
+        "    time.sleep(2)\n"
+        "    print('ended', os.environ['RANK'])\n"
+        "    raise SystemExit(0)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    run = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert sorted(run.stdout.split("\n")) == ["", "ended 0", "ended 1"]
 
 
 def test_a_record_that_fails_stops_the_run(keys, tmp_path):

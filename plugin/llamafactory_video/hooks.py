@@ -114,15 +114,25 @@ def _check_folders(logger: Any, model_args: Any, training_args: Any, finetuning_
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not os.access(there, os.W_OK):
         raise ValueError(f"output_dir {folder} cannot be written: {there} is read-only")
-    if not training_args.do_train or getattr(training_args, "overwrite_output_dir", False):
+    if not training_args.do_train:
         return
-    from .train.checkpoint import last_whole_checkpoint
+    from .train.checkpoint import holds_optimizer, last_whole_checkpoint
 
-    before = last_whole_checkpoint(folder)
+    before = training_args.resume_from_checkpoint
+    if before is None and not getattr(training_args, "overwrite_output_dir", False):
+        before = last_whole_checkpoint(folder)
+    if not isinstance(before, str):
+        return
     is_adapter = finetuning_args.finetuning_type in ("lora", "oft")
-    if before and Path(before, "adapter_config.json").is_file() != is_adapter:
+    if Path(before, "adapter_config.json").is_file() != is_adapter:
         raise ValueError(
             f"{before} is of another finetuning_type than {finetuning_args.finetuning_type}; give another output_dir"
+        )
+    if not holds_optimizer(Path(before)):
+        key = "adapter_name_or_path" if is_adapter else "model_name_or_path"
+        raise ValueError(
+            f"{before} holds weights alone (save_only_model), so no run can go on from it. Give another output_dir; "
+            f"`{key}: {before}` starts a new run from these weights"
         )
     if Path(folder, "train_results.json").is_file():
         logger.warning_rank0(
@@ -534,6 +544,8 @@ def _data_collator(collator: ModuleType) -> None:
     """Token types at the width of the padded batch: the stock collator pads them less far than input_ids."""
     from dataclasses import dataclass
 
+    import numpy as np
+
     stock = collator.SFTDataCollatorWith4DAttentionMask
 
     @dataclass
@@ -541,13 +553,26 @@ def _data_collator(collator: ModuleType) -> None:
         def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
             # Frames are read here, once a batch is wanted: what asks for lengths alone decodes nothing.
             features = [feature["show"]() if "show" in feature else feature for feature in features]
-            shown = [sum(len(feature.get(kind) or ()) for feature in features) for kind in ("images", "videos")]
+            # Counted before stock shows a picture that no record has, where a batch is of texts alone.
+            images, clips = (
+                sum(len(feature.get(kind) or ()) for feature in features) for kind in ("images", "videos")
+            )
+            # A packed row has its samples numbered from 1 in its mask.
+            lengths = [n for feature in features for n in np.bincount(feature["attention_mask"])[1:].tolist()]
             batch = super().__call__(features)
             if hasattr(self.template, "thinking"):
                 from .model.template import token_type_ids
 
                 batch["mm_token_type_ids"] = token_type_ids(batch["input_ids"], self.processor)
-                batch["shown"] = shown  # images and clips; the trainer takes it out
+                grids = (batch.get(name) for name in ("image_grid_thw", "video_grid_thw"))
+                grids = [grid for grid in grids if grid is not None]
+                # The trainer takes it out. Plain numbers: counting them never waits for the device.
+                batch["shown"] = {
+                    "images": images,
+                    "clips": clips,
+                    "lengths": lengths,
+                    "grids": [tuple(row) for grid in grids for row in grid.tolist()],
+                }
             return batch
 
     _replace(collator, "SFTDataCollatorWith4DAttentionMask", SFTDataCollatorWith4DAttentionMask)
@@ -650,7 +675,9 @@ def _sft_workflow(workflow: ModuleType) -> None:
 
     def create_modelcard_and_push(trainer: Any, *args: Any) -> None:
         make_card(trainer, *args)
-        if hasattr(trainer, "finish_record"):
+        if (
+            hasattr(trainer, "finish_record") and not trainer.args.push_to_hub
+        ):  # where it pushes, it has made it before
             trainer.finish_record()
 
     workflow.CustomSeq2SeqTrainer, workflow.create_modelcard_and_push = make_trainer, create_modelcard_and_push

@@ -11,6 +11,8 @@ from torch.distributed.tensor import DTensor
 from .optimizer import module_of
 
 MISSING, ZERO = -1.0, 0.0
+# What FSDP, activation checkpointing and compilation put into names once the audit has begun.
+_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 
 
 class GradientError(RuntimeError):
@@ -41,7 +43,7 @@ class GradientAudit:
         self.shown = False
         self.pending = list(dict.fromkeys(layer for layer, _ in trained))
         self._handles = [
-            p.register_hook(lambda gradient, layer=layer: self._note(layer, gradient))
+            (layer, p.register_hook(lambda gradient, layer=layer: self._note(layer, gradient)))
             for layer, p in trained
             if from_hooks
         ]
@@ -91,8 +93,8 @@ class GradientAudit:
             elif largest == torch.inf:
                 faults["not finite"].append(layer)
         self.pending = later
-        if not later:
-            for handle in self._handles:
+        for layer, handle in self._handles:
+            if layer not in later:
                 handle.remove()
         return {fault: layers for fault, layers in faults.items() if layers}
 
@@ -108,4 +110,6 @@ def describe_faults(faults: dict[str, list[str]]) -> str:
 
 
 def _layer(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
     return name.split(".lora_")[0] if ".lora_" in name else name.rpartition(".")[0]

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 UNFINISHED = "unfinished"  # folder of the output folder where a checkpoint is while it is written
+_OPTIMIZER = ("optimizer", "global_step")  # how names begin that hold its state
 _GIB = 2**30
 
 
@@ -25,8 +26,16 @@ def last_whole_checkpoint(folder: str | Path) -> str | None:
     return None
 
 
-def check_room(folder: Path) -> None:
+def holds_optimizer(checkpoint: Path) -> bool:
+    """Whether a run can go on from it: state of the optimizer, as torch, FSDP or DeepSpeed names it, is there."""
+    return any(path.name.startswith(_OPTIMIZER) for path in checkpoint.iterdir())
+
+
+def check_room(folder: Path, weights_only: bool) -> None:
     """See that the next checkpoint has room: as much as the last one took.
+
+    Args:
+        weights_only: the optimizer's state will not be in it.
 
     Raises:
         CheckpointError: with what is needed and what is free.
@@ -34,7 +43,11 @@ def check_room(folder: Path) -> None:
     before = last_whole_checkpoint(folder)
     if before is None:
         return
-    needed = sum(path.stat().st_size for path in Path(before).rglob("*") if path.is_file())
+    needed = sum(
+        path.stat().st_size
+        for path in Path(before).rglob("*")
+        if path.is_file() and not (weights_only and path.relative_to(before).parts[0].startswith(_OPTIMIZER))
+    )
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise CheckpointError(f"it needs {needed / _GIB:.2f} GiB, as {before} does")

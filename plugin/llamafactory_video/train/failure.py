@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
-_KEY = "llamafactory_video/failure"
+# torchrun may start all processes anew with the same store.
+_KEY = f"llamafactory_video/failure/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 _INTERVAL = 0.5  # seconds
 
 
@@ -39,10 +40,11 @@ def stopping_together() -> Iterator[None]:
         yield
     except BaseException as error:
         ended.set()
+        if isinstance(error, SystemExit) and not error.code:
+            raise
         with contextlib.suppress(Exception):  # the store is gone where its process is
-            _connect(timedelta(seconds=10)).set(
-                _KEY, f"process {os.environ['RANK']} failed: {type(error).__name__}: {error}"
-            )
+            text = f"process {os.environ['RANK']} failed: {type(error).__name__}: {error}"
+            _connect(timedelta(seconds=10)).compare_set(_KEY, "", text)  # the first failure is the one to tell
             time.sleep(3 * _INTERVAL)  # process 0 may hold the store: the others read before it goes
         raise
     finally:

@@ -1,6 +1,5 @@
 """How fast training goes: clips, tokens and model FLOPs a second, time spent waiting for data, memory."""
 
-import math
 import resource
 import time
 from collections.abc import Callable
@@ -34,27 +33,24 @@ class Throughput:
     def _reset(self) -> None:
         self._since: float | None = None
         self.waited = 0.0
-        self._clips = 0
-        self._lengths: list[torch.Tensor] = []
-        self._grids: list[torch.Tensor] = []
+        self._clips = self._tokens = self._flops = 0
 
     def start(self) -> None:
         """The clock runs from here; it stands from `read` until then, so saving and evaluation do not count."""
         if self._since is None:
             self._since = time.perf_counter()
 
-    def add(self, inputs: dict[str, Any], clips: int) -> None:
+    def add(self, shown: dict[str, Any]) -> None:
         """Count a micro-batch.
 
         Args:
-            inputs: what the model gets.
-            clips: how many clips it shows.
+            shown: `clips`, how many; `lengths`, of its samples in tokens, (n,); `grids`, (t, h, w) of all that
+                the vision tower sees, (m, 3).
         """
-        self._clips += clips
-        mask, ids = inputs.get("attention_mask"), inputs["input_ids"]
-        plain = mask is not None and mask.dim() == 2
-        self._lengths.append(mask.sum(1) if plain else ids.new_full((len(ids),), ids.shape[1]))
-        self._grids += [inputs[name] for name in ("image_grid_thw", "video_grid_thw") if inputs.get(name) is not None]
+        self._clips += shown["clips"]
+        self._tokens += sum(shown["lengths"])
+        if self._counts_flops:
+            self._flops += training_flops(self._config, shown["lengths"], shown["grids"], self._trains)
 
     def read(self, gather: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
         """Figures of all processes together; starts anew.
@@ -64,26 +60,25 @@ class Throughput:
 
         Returns:
             `clips_per_second` and `tokens_per_second` of all processes, padding not counted; `mfu`, the share of what
-            the device can do that went into the model's own arithmetic (recomputation not counted); `data_wait`, the
+            the device can do that went into the model's own arithmetic (recomputation not counted; not known of models
+            with experts); `data_wait`, the
             share of the time spent waiting for data; `memory_gib`, the most that PyTorch has held on a device so far,
             or the process on a CPU.
         """
-        lengths = torch.cat(self._lengths).tolist()
-        grids = torch.cat(self._grids).tolist() if self._grids else []
-        flops = training_flops(self._config, lengths, grids, self._trains) if self._counts_flops else math.nan
         seconds = time.perf_counter() - self._since
         if self._device.type == "cuda":
             memory = torch.cuda.max_memory_reserved(self._device)
         else:
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        own = [self._clips, sum(lengths), flops, seconds, self.waited, memory]
+        own = [self._clips, self._tokens, self._flops, seconds, self.waited, memory]
         all_own = gather(torch.tensor(own, dtype=torch.float64, device=self._device)).view(-1, len(own)).cpu()
         clips, tokens, flops, seconds, waited, memory = all_own.unbind(1)
         self._reset()
+        utilisation = {"mfu": (flops.mean() / seconds.max()).item() / self._peak} if self._counts_flops else {}
         return {
             "clips_per_second": (clips.sum() / seconds.max()).item(),
             "tokens_per_second": (tokens.sum() / seconds.max()).item(),
-            "mfu": (flops.mean() / seconds.max()).item() / self._peak,
+            **utilisation,
             "data_wait": (waited / seconds).mean().item(),
             "memory_gib": memory.max().item() / _GIB,
         }

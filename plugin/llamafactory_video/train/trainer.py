@@ -25,6 +25,8 @@ from .run_record import add_to_model_card, finished, read_run_record, write_run_
 from .throughput import Throughput
 
 IGNORE_INDEX = -100
+# The optimizer's state brings them along, so what a recipe says of them is not used when a run goes on.
+_IN_CHECKPOINT = ("learning_rate", "vision_tower_lr", "mm_projector_lr", "weight_decay")
 RATE_NAMES = {"language_model": "learning_rate", "vision_tower": "vision_tower_lr", "mm_projector": "mm_projector_lr"}
 
 # transformers loads the optimizer of several processes to its device; on the CPU that is "cpu:0", unknown to torch.load.
@@ -64,6 +66,7 @@ class VideoTrainer(Trainer):
         self._audit: GradientAudit | None = None
         self._throughput: Throughput | None = None
         self._rates: dict[str, float] = {}
+        self._grad_norm: Any = 0.0
         self._evaluated: list[torch.Tensor] = []
         self._saving = False
         self._resumed_at = 0
@@ -114,9 +117,10 @@ class VideoTrainer(Trainer):
             self.control.should_training_stop = True
             return [], None
         if self._throughput is None:
-            low = {self.args.bf16: torch.bfloat16, self.args.fp16: torch.float16}
-            trained = next(p.dtype for p in self.model.parameters() if p.requires_grad)
-            self._throughput = Throughput(self.model, self.args.device, low.get(True, trained))
+            dtype = next(p.dtype for p in self.model.parameters() if p.requires_grad)
+            if self.args.bf16 or self.args.fp16:
+                dtype = torch.bfloat16 if self.args.bf16 else torch.float16
+            self._throughput = Throughput(self.model, self.args.device, dtype)
         self._throughput.start()
         started = time.perf_counter()
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -124,26 +128,37 @@ class VideoTrainer(Trainer):
         return batches, items
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        shown = inputs.pop("shown", (0, 0))
-        if self._audit is not None and any(shown):
-            self._audit.shown = True
-        if self._throughput is not None and self.model.training:
-            self._throughput.add(inputs, clips=shown[1])
+        shown = inputs.pop("shown", None)
+        if shown is not None and self._audit is not None:
+            self._audit.shown |= shown["images"] + shown["clips"] > 0
+        if shown is not None and self._throughput is not None and self.model.training:
+            self._throughput.add(shown)
         return super()._prepare_inputs(inputs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """A line of training also tells the rate of each module and how fast it goes."""
+        if "train_loss" in logs:  # speeds at the end are of the steps that this start made; transformers counts all
+            made = (self.state.global_step - self._resumed_at) / max(self.state.max_steps, 1)
+            for name in ("train_samples_per_second", "train_steps_per_second"):
+                logs[name] = round(logs[name] * made, 3)
         if "loss" in logs:
-            self._check_finite(logs)
+            self._check_finite(logs["loss"])
             logs |= {RATE_NAMES[module]: rate for module, rate in self._rates.items()}
             logs |= self._throughput.read(self.accelerator.gather)
         super().log(logs, start_time)
 
-    def _check_finite(self, logs: dict[str, float]) -> None:
-        """Stop before weights that are lost are saved: every checkpoint comes after a line of the log."""
-        found = {"loss": logs["loss"]}
-        if self.accelerator.scaler is None:  # fp16 loss scaling skips steps whose gradients are not finite
-            found["gradient norm"] = logs.get("grad_norm", 0.0)
+    def _check_finite(self, loss: float) -> None:
+        """Stop before weights that are lost are saved.
+
+        Args:
+            loss: the mean or the sum over the steps since it was last looked at, of all processes.
+
+        Raises:
+            GradientError: if it or the last gradient norm is not finite.
+        """
+        found = {"loss": loss}
+        if not self._scales_loss:
+            found["gradient norm"] = float(self._grad_norm)
         wrong = [f"{name} {value}" for name, value in found.items() if not math.isfinite(value)]
         if wrong and self._gradient_check != "off":
             before = last_whole_checkpoint(self.args.output_dir)
@@ -156,24 +171,44 @@ class VideoTrainer(Trainer):
                 raise GradientError(f"{text}; `gradient_check: warn` goes on all the same.")
             self._tell(text)
 
-    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
-        """Speeds are of the steps that this start made; transformers counts those before a kill too."""
-        output = super()._finalize_training(trial, num_train_samples, start_time)
-        made = (self.state.global_step - self._resumed_at) / max(self.state.max_steps, 1)
-        for name in ("train_samples_per_second", "train_steps_per_second"):
-            output.metrics[name] = round(output.metrics[name] * made, 3)
-        return output
+    def _check_unlogged(self) -> None:
+        """The same for steps that no line of the log has told."""
+        self._check_finite(self.accelerator.gather(self._tr_loss.detach().reshape(1)).mean().item())
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._check_unlogged()
+        return super()._finalize_training(*args, **kwargs)
+
+    @property
+    def _scales_loss(self) -> bool:
+        """Whether steps whose gradients are not finite are passed over, as fp16 loss scaling does."""
+        return self.accelerator.scaler is not None or (self.is_deepspeed_enabled and self.args.fp16)
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
+        self._take_gradients()  # clipping by a norm that is not finite would spoil those of all layers
+        return super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.args.max_grad_norm > 0:
+            self._take_gradients()
+        self._grad_norm = super()._get_grad_norm(*args, **kwargs)
+        return self._grad_norm
+
+    def _take_gradients(self) -> None:
+        if self._audit is not None and self.is_fsdp_enabled:
+            self._audit.take(self.model.named_parameters())
 
     # --- Optimizer and audit ---
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)
-        if self.args.should_save and all("module" in group for group in optimizer.param_groups):
+        groups = getattr(optimizer, "param_groups", ({},))  # none where DeepSpeed's own file makes the optimizer
+        if self.args.should_save and all("module" in group for group in groups):
             table = Path(self.args.output_dir, "trained_modules.txt")
             table.parent.mkdir(parents=True, exist_ok=True)
             text = group_table(group_rows(optimizer), self.model.named_parameters())
             table.write_text(text + "\n", encoding="utf-8")
-        if self._gradient_check != "off":
+        if self._gradient_check != "off" and self._audit is None:  # DeepSpeed asks twice
             # DeepSpeed takes gradients away before they can be looked at; FSDP computes those of other tensors.
             self._audit = GradientAudit(self.model.named_parameters(), from_hooks=not self.is_fsdp_enabled)
         return optimizer
@@ -184,16 +219,15 @@ class VideoTrainer(Trainer):
         Raises:
             GradientError: naming the modules.
         """
-        if self._audit is None:
+        step = self.state.global_step + 1
+        if self._audit is None or step & (step - 1):  # at steps 1, 2, 4, 8, …: it waits for the device
             return
-        if self.is_fsdp_enabled:
-            self._audit.take(self.model.named_parameters())
-        faults = self._audit.check(self.args.device, scaled=self.accelerator.scaler is not None)
+        faults = self._audit.check(self.args.device, scaled=self._scales_loss)
         if not self._audit.pending:
             self._audit = None
         if faults:
             text = (
-                f"after step {self.state.global_step + 1}, modules that should be trained have no usable gradient:\n"
+                f"after step {step}, modules that should be trained have no usable gradient:\n"
                 f"{describe_faults(faults)}\n"
             )
             if self._gradient_check == "error":
@@ -207,17 +241,31 @@ class VideoTrainer(Trainer):
     # --- The record of the run ---
 
     def begin_record(self) -> None:
-        """Write `run.json` into the output folder; a run that goes on keeps what was written before."""
+        """Write `run.json` into the output folder; a run that goes on keeps what was written before.
+
+        Raises:
+            CheckpointError: if the recipe asks for what the checkpoint decides.
+        """
         if self._describe is not None and self.is_world_process_zero():
             folder, step = Path(self.args.output_dir), self.state.global_step
             record = self._describe(earlier=read_run_record(folder) if step else None, step=step)
-            write_run_record(folder, record)
             changed = record["history"][-1]["changed"] if record["history"] else {}
-            if changed:
-                lines = (f"  {name}: {change['before']} -> {change['now']}" for name, change in changed.items())
+            lines = {
+                name: f"  {name}: {' -> '.join('the default' if v is None else str(v) for v in change.values())}"
+                for name, change in changed.items()
+            }
+            kept = [line for name, line in lines.items() if name in _IN_CHECKPOINT]
+            if kept:
+                raise CheckpointError(
+                    f"{folder} goes on from step {step} with what its checkpoint holds, so that these would have no "
+                    "effect:\n" + "\n".join(kept) + "\nGive another output_dir; with the checkpoint's folder as model "
+                    "or adapter, a new run starts from its weights."
+                )
+            write_run_record(folder, record)
+            if lines:
                 self._tell(
-                    f"{folder} goes on from step {step}, and is not the run that it was. Rates and their schedule stay "
-                    "those of the checkpoint; for new ones, give another output_dir. Changed are:\n" + "\n".join(lines)
+                    f"{folder} goes on from step {step}, and is not the run that it was. From here on, its schedule and "
+                    "its data are those of the recipe as it is now. Changed are:\n" + "\n".join(lines.values())
                 )
 
     def finish_record(self) -> None:
@@ -231,6 +279,20 @@ class VideoTrainer(Trainer):
             add_to_model_card(folder / "README.md", record)
 
     # --- Checkpoints ---
+
+    def remove_checkpoints(self) -> None:
+        """Of a run that this one overwrites: once killed, it would go on from them."""
+        if self.is_local_process_zero():
+            old = [path for path in Path(self.args.output_dir).glob("checkpoint-*") if path.name[11:].isdecimal()]
+            for path in old:
+                shutil.rmtree(path)
+            if old:
+                self._tell(f"overwrite_output_dir: removed {', '.join(sorted(map(str, old)))}")
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The card that is pushed to a hub has the record of the run too."""
+        super().create_model_card(*args, **kwargs)
+        self.finish_record()
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
@@ -248,6 +310,7 @@ class VideoTrainer(Trainer):
         """
         if self._resumed_at == self.state.global_step:
             return  # the checkpoint that a finished run went on from
+        self._check_unlogged()
         run_dir = Path(self._get_output_dir(trial))
         final = run_dir / f"checkpoint-{self.state.global_step}"
         staged = run_dir / UNFINISHED / final.name
@@ -258,15 +321,15 @@ class VideoTrainer(Trainer):
         self._saving = True
         try:
             if self.args.should_save:
-                check_room(run_dir)
+                check_room(run_dir, self.args.save_only_model)
             super()._save_checkpoint(model, trial)
+            best = run_dir / f"checkpoint-{self.state.best_global_step}"
+            if best == final or best.is_dir():
+                self.state.best_model_checkpoint = str(best)  # on all processes: all load it at the end
             if self.args.should_save:
                 if self._saved_processor is not None:
                     self._saved_processor.save_pretrained(staged)
-                best = run_dir / f"checkpoint-{self.state.best_global_step}"
-                if best == final or best.is_dir():
-                    self.state.best_model_checkpoint = str(best)
-                    self.state.save_to_json(str(staged / "trainer_state.json"))
+                self.state.save_to_json(str(staged / "trainer_state.json"))
         except Exception as error:
             shutil.rmtree(staged.parent, ignore_errors=True)
             raise explain(error, final) from error
@@ -300,6 +363,8 @@ class _StepWatch(TrainerCallback):
                 "were killed between two checkpoints. Remove the newer one where there is one"
             )
         self.trainer._resumed_at = state.global_step
+        if getattr(args, "overwrite_output_dir", False) and not state.global_step:
+            self.trainer.remove_checkpoints()
         self.trainer.begin_record()
         # The mean loss at the end is that of the whole run, what went before a kill included.
         step = 0

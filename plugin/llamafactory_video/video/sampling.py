@@ -493,7 +493,8 @@ def shrink(sampling: Sampling, plan: FramePlan, stage: int, share: float) -> dic
     else:
         pixels, frames = token_pixels, max(2, round(2 + share * (least_frames - 2)))
     settings: dict[str, int | None] = {}
-    if pixels < shown_pixels:
+    # qwen-vl-utils shares total_pixels among the frames: fewer of them would each grow.
+    if pixels < shown_pixels or (sampling.dialect == "qwen_vl_utils" and frames < len(plan.indices)):
         settings["max_pixels"] = pixels
         if sampling.min_pixels is None or sampling.min_pixels > pixels:
             settings["min_pixels"] = min(pixels, least_pixels)
