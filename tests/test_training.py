@@ -500,7 +500,7 @@ def test_a_process_that_failed_may_be_started_anew(tmp_path):
         "        if os.environ['RANK'] == '1': raise OSError('for once')\n"
         "        time.sleep(60)\n"
         "    time.sleep(2)\n"
-        "    print('ended', os.environ['RANK'])\n"
+        "    os.write(1, f'ended {os.environ[\"RANK\"]}\\n'.encode())\n"
         "    raise SystemExit(0)\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
