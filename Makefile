@@ -1,6 +1,6 @@
-# make demo   everything from an empty folder to a trained model that describes clips it never saw
-# make test   checks and tests
-# make slow   the tests that take minutes
+# make demo       everything from an empty folder to a trained model that describes clips it never saw
+# make test       checks and tests
+# make thorough   all tests, with every example, kill, real clip, optimizer and engine
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 BIN = .venv/bin
@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE ?= 1
 # OpenMP's threads must not spin while they wait: on busy cores that costs several times the time.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test slow clean
+.PHONY: setup demo test thorough clean
 
 setup: .venv/ready
 
@@ -25,10 +25,10 @@ demo: setup
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest
 
-slow: setup
-	$(BIN)/pytest -m slow
+thorough: setup
+	THOROUGH=1 $(BIN)/pytest
 
 clean:
 	rm -rf .venv output

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same path on every machine
+os.environ["OMP_NUM_THREADS"] = "1"  # the tests of a run share the cores (pytest-xdist)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="lmf-video-")  # nothing of the tests in the home folder
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -14,11 +15,28 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 import av
 import numpy as np
 import pytest
+from hypothesis import settings
 from llamafactory_video.demo.tiny_model import build_processor
 from transformers import AutoProcessor
 
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 SHARED = Path(__file__).parents[2] / "shared"
+THOROUGH = bool(os.environ.get("THOROUGH"))  # set by `make thorough`
+
+
+def pytest_collection_modifyitems(config, items):
+    """Tests marked thorough run in `make thorough` alone."""
+    left = [] if THOROUGH else [item for item in items if item.get_closest_marker("thorough")]
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in left]
+
+
+def examples(count: int, **options) -> settings:
+    """Hypothesis' settings: so many random examples in `make thorough`; else at most 60, the same ones each time."""
+    return settings(
+        max_examples=count if THOROUGH else min(count, 60), derandomize=not THOROUGH, deadline=None, **options
+    )
 
 
 def write_clip(path: Path, frames: int = 12, fps: float = 6, size: tuple[int, int] = (64, 96), seed: int = 0) -> Path:

@@ -8,13 +8,11 @@ import pickle
 import random
 import resource
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
-from conftest import write_clip
+from conftest import THOROUGH, write_clip
 from llamafactory_video.data.conversation import Clip
 from llamafactory_video.video import cache as cache_module
 from llamafactory_video.video import clip as clip_module
@@ -170,24 +168,23 @@ def test_many_processes_and_runs_at_once(tmp_path, caplog):
     assert not caplog.text
 
 
-WRITER = """
-import sys, numpy as np
-from pathlib import Path
-from llamafactory_video.video.cache import FrameCache
-cache = FrameCache(Path(sys.argv[1]), 1 << 30)
-print("ready", flush=True)
-for number in range(100000):
-    cache.write(f"{number % 50:032x}", np.full((16, 128, 128, 3), number % 50, np.uint8), "clip")
-"""
+def _write_on_and_on(folder, ready):
+    cache = FrameCache(folder, 1 << 30)
+    ready.set()
+    for number in range(100000):
+        cache.write(f"{number % 50:032x}", np.full((16, 128, 128, 3), number % 50, np.uint8), "clip")
 
 
 def test_killed_while_writing(tmp_path, caplog):
-    for _ in range(4):
-        process = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE)
-        assert process.stdout.readline() == b"ready\n"
-        time.sleep(random.uniform(0.01, 0.3))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    context, moments = multiprocessing.get_context("fork"), random.Random(0)
+    for _ in range(20 if THOROUGH else 4):
+        ready = context.Event()
+        process = context.Process(target=_write_on_and_on, args=(tmp_path, ready))
+        process.start()
+        assert ready.wait(30)
+        time.sleep(moments.uniform(0.01, 0.3))
+        process.kill()
+        process.join()
     cache = FrameCache(tmp_path, 1 << 30)
     found = [number for number in range(50) if cache.holds(f"{number:032x}")]
     assert found

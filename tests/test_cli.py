@@ -2,21 +2,19 @@
 
 import json
 import os
-import signal
+import shutil
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import write_clip
 from llamafactory_video.demo.tiny_model import save_tiny_model
+from processes import BIN, Run, run
 
-BIN = Path(sys.executable).parent
 
-
-def run(*command: str, stdin: str = "", **env: str) -> subprocess.CompletedProcess:
+def run_anew(*command: str, stdin: str = "", **env: str) -> subprocess.CompletedProcess:
+    """In an interpreter that has imported nothing, as a person starts it."""
     environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", **env}
     return subprocess.run(
         [str(BIN / command[0]), *command[1:]],
@@ -85,51 +83,42 @@ def losses(out: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def trained(home):
+    """By a real start of the command."""
     file, out = recipe(home, "whole")
-    result = run("llamafactory-cli", "train", file)
+    result = run_anew("llamafactory-cli", "train", file)
     assert result.returncode == 0, result.stderr[-3000:]
     return out
 
 
-def test_a_killed_run_goes_on_to_the_same_end(home, trained):
-    file, out = recipe(home, "killed")
-    process = subprocess.Popen(
-        [BIN / "llamafactory-cli", "train", file],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    until = time.monotonic() + 120
-    while not (out / "checkpoint-4" / "trainer_state.json").is_file():
-        assert process.poll() is None and time.monotonic() < until
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (out / "model.safetensors").is_file()
-    # As if it had been killed once more, while it wrote its next checkpoint.
-    (out / "checkpoint-8").mkdir(exist_ok=True)
+def test_a_run_cut_short_while_it_saved_goes_on_to_the_same_end(home, trained):
+    out = shutil.copytree(trained, home / "cut")
+    for name in ("model.safetensors", "train_results.json", "trainer_state.json"):
+        (out / name).unlink()
+    shutil.rmtree(out / "checkpoint-10")
     (out / "checkpoint-8" / "trainer_state.json").write_text('{"epoch": 1.0, "glo')
+    file, _ = recipe(home, "cut")
     result = run("llamafactory-cli", "train", file)
+    assert result.returncode == 0, result.stderr[-3000:]
     assert f"Resuming training from {out}/checkpoint-4" in result.stdout + result.stderr
     assert losses(out) == pytest.approx(losses(trained), rel=1e-5)
     assert len(losses(out)) == 10
 
 
-def test_two_processes_with_clips_and_texts(home):
+@pytest.mark.thorough
+def test_two_processes_that_torchrun_starts(home):
     """Each process gets its own mix of clips and texts; none waits for the other's vision tower."""
     file, out = recipe(home, "two", max_steps=4, per_device_train_batch_size=2, ddp_timeout=60)
-    result = run("llamafactory-cli", "train", file, FORCE_TORCHRUN="1", NPROC_PER_NODE="2", OMP_NUM_THREADS="1")
+    result = run_anew("llamafactory-cli", "train", file, FORCE_TORCHRUN="1", NPROC_PER_NODE="2")
     assert result.returncode == 0, result.stderr[-3000:]
     assert len(losses(out)) == 4
 
 
-@pytest.mark.parametrize("processes", ["1", "2"])
+@pytest.mark.parametrize("processes", [1, 2])
 def test_streaming(home, processes):
     keys = {"streaming": True, "max_steps": 2, "per_device_train_batch_size": 2, "dataloader_num_workers": 1}
     file, out = recipe(home, f"stream{processes}", **keys, buffer_size=4)
-    torchrun = {"FORCE_TORCHRUN": "1", "OMP_NUM_THREADS": "1"} if processes == "2" else {}
-    result = run("llamafactory-cli", "train", file, NPROC_PER_NODE=processes, **torchrun)
-    assert result.returncode == 0, result.stderr[-3000:]
+    started = Run(yaml.safe_load(Path(file).read_text()), out, processes)
+    assert started.end() == [0] * processes, started.log()[-3000:]
     assert len(losses(out)) == 2
 
 
@@ -137,7 +126,7 @@ def test_chat_about_a_clip(home, trained):
     clip = f"<video>{home / '0.mp4'}</video>"
     questions = f"{clip}描述\n再说\n<video>gone.mp4</video>\n{clip}还有呢\n<video>没关\nexit\n"
     options = ["--template", "qwen3_vl_video", "--video_sampling", "qwen_finetune", "--max_new_tokens", "4"]
-    result = run("llamafactory-cli", "chat", "--model_name_or_path", str(trained), *options, stdin=questions)
+    result = run_anew("llamafactory-cli", "chat", "--model_name_or_path", str(trained), *options, stdin=questions)
     # Not its exit code: LLaMA-Factory ends with its threads still running, and now and then the process aborts there.
     answers = result.stdout.split("Assistant: ")[1:]
     assert len(answers) == 5
@@ -178,7 +167,7 @@ def test_the_cache_is_built_once_and_used_by_training(home):
     assert result.returncode == 0, result.stderr[-3000:]
     assert f"Frame cache: {folder}, 3 clips in 0.00 GiB, may grow to" in result.stdout + result.stderr
     assert sorted(folder.glob("frames/*/*")) == entries
-    result = run("lmf-video", "cache", "info", file)
+    result = run_anew("lmf-video", "cache", "info", file)
     assert f"{folder} holds 3 clips in 0.00 GiB, and what is known of 3 files" in result.stdout
     assert "removed 3 clips" in run("lmf-video", "cache", "clear", file).stdout
     assert "holds 0 clips" in run("lmf-video", "cache", "info", file).stdout
@@ -189,7 +178,7 @@ def test_the_cache_is_built_once_and_used_by_training(home):
 
 def test_check_tells_what_training_would_see(home):
     file, _ = recipe(home, "check")
-    result = run("lmf-video", "check", file)
+    result = run_anew("lmf-video", "check", file)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "mixed: 8 records" in result.stdout
     assert "records that cannot be trained on: 0" in result.stdout

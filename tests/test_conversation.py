@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from hypothesis import given, settings
+from conftest import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from llamafactory_video.data.conversation import (
     Clip,
@@ -22,7 +23,7 @@ JSON_VALUES = st.recursive(
 )
 
 
-@settings(max_examples=500, deadline=None)
+@examples(500)
 @given(JSON_VALUES, st.none() | st.integers(1, 4))
 def test_json_text_is_pythons_with_the_authors_characters(value, indent):
     text = json.dumps(value, ensure_ascii=False, indent=indent)

@@ -17,7 +17,8 @@ import av
 import numpy as np
 import pytest
 from av.bitstream import BitStreamFilterContext
-from hypothesis import HealthCheck, given, settings
+from conftest import examples
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from llamafactory_video.data.conversation import Clip
 from llamafactory_video.video import clip as clip_module
@@ -319,7 +320,7 @@ def test_sound_alone_is_refused_by_name(tmp_path):
         ClipReader(SAMPLING).plan(str(path))
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@examples(40, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_packets_left_out_key_frames_jumped_to_and_parallel_runs_change_nothing(tmp_path, data):
     draw = lambda strategy: data.draw(strategy)  # noqa: E731

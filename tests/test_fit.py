@@ -4,8 +4,8 @@ import json
 import math
 
 import pytest
-from conftest import write_clip
-from hypothesis import assume, example, given, settings
+from conftest import examples, write_clip
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from llamafactory_video.arguments import apply_to_processor
 from llamafactory_video.data.conversation import Clip, decode_clip, parse_record
@@ -53,7 +53,7 @@ def tokens(plan):
     return plan.num_tokens + times
 
 
-@settings(max_examples=2000, deadline=None)
+@examples(2000)
 @given(infos, samplings)
 def test_no_clip_takes_more_than_most_tokens(info, sampling):
     try:
@@ -63,7 +63,7 @@ def test_no_clip_takes_more_than_most_tokens(info, sampling):
     assert tokens(plan) <= most_tokens(sampling)
 
 
-@settings(max_examples=1000, deadline=None)
+@examples(1000)
 @example(
     ClipInfo(34, 1.0, 34.0, 259, 2037),
     Sampling("qwen_vl_utils", 1.0, 2, 34, min_pixels=4096, max_pixels=None, total_pixels=516762),

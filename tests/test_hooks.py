@@ -39,7 +39,9 @@ print(min(times))
     assert float(python(code).stdout) < 0.005
 
 
+@pytest.mark.thorough
 def test_loading_and_switching_off():
+    """The commands of test_cli.py load it, and the next test begins without it."""
     code = """
 import torch
 from llamafactory.data.template import TEMPLATES
@@ -83,7 +85,7 @@ print("done")
         ("chat/chat_model.py", None, None, "chat_model.run_chat"),
     ],
 )
-def test_a_missing_place_is_named_before_anything_is_installed(tmp_path, file, old, new, named):
+def test_a_missing_place_is_named(tmp_path, file, old, new, named):
     copy = shutil.copytree(PACKAGE, tmp_path / "llamafactory", ignore=shutil.ignore_patterns("v1", "__pycache__"))
     if old:
         text = (copy / file).read_text(encoding="utf-8")
@@ -93,6 +95,11 @@ def test_a_missing_place_is_named_before_anything_is_installed(tmp_path, file, o
     with pytest.raises(hooks.UnsupportedLlamaFactory, match=named) as error:
         hooks.check_places(copy)
     assert "works with LLaMA-Factory 0.9.5" in str(error.value)
+
+
+def test_with_a_missing_place_nothing_is_installed(tmp_path):
+    copy = shutil.copytree(PACKAGE, tmp_path / "llamafactory", ignore=shutil.ignore_patterns("v1", "__pycache__"))
+    (copy / "chat" / "chat_model.py").unlink()
     run = python("import torch, llamafactory.data.mm_plugin", PYTHONPATH=str(tmp_path))
     assert run.returncode and "UnsupportedLlamaFactory" in run.stderr
 

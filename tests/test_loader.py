@@ -185,7 +185,7 @@ def test_llamafactorys_own_video_demo_format(folder):
     assert row["_prompt"] == [{"content": "<video>Why is this video funny?", "role": "user"}]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_200_000_records_load_in_a_minute_and_2_gb(folder):
     """In a process of its own, so that the memory measured is the loader's."""
     answer = {"video_description": "凯在中路推塔，" * 20, "score": 0.25, "tags": ["游戏直播", "王者荣耀"]}

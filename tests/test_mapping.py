@@ -11,8 +11,8 @@ from unittest import mock
 import pytest
 import torch
 import yaml
-from conftest import write_clip
-from hypothesis import assume, given, settings
+from conftest import examples, write_clip
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from llamafactory_video import cli
 from llamafactory_video.video import mapping
@@ -147,7 +147,7 @@ size_settings = st.fixed_dictionaries(
 spans = st.fixed_dictionaries({}, optional={"video_start": st.floats(0, 5), "video_end": st.floats(4, 80)})
 
 
-@settings(max_examples=400, deadline=None)
+@examples(400)
 @given(clips, frame_settings, size_settings, spans)
 def test_a_message_shows_what_qwen_vl_utils_shows(info, frames, size, span):
     assume(max(info.height, info.width) <= 200 * min(info.height, info.width))
@@ -162,7 +162,7 @@ def test_a_message_shows_what_qwen_vl_utils_shows(info, frames, size, span):
     same_as_fetched(mapped, mapped.clips[0], item, info)
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(
     clips,
     st.fixed_dictionaries(
@@ -185,7 +185,7 @@ def test_variables_show_what_patched_qwen_vl_utils_shows(info, variables):
     same_as_fetched(mapped, None, {"video": "clip.mp4"}, info, **variables)
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(frame_settings, size_settings, spans)
 def test_a_message_comes_back_as_it_was(frames, size, span):
     assume(frames.get("min_frames", 4) <= frames.get("max_frames", 768))

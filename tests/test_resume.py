@@ -1,17 +1,12 @@
 """Runs that are killed: the next start goes on from the last whole checkpoint, to the same losses and weights.
 
 Each run is a group of real processes that SIGKILL ends together, at random moments and while a checkpoint is being
-written. They are forked from a server that has imported LLaMA-Factory, which saves ten seconds a start.
+written.
 """
 
 import json
-import multiprocessing
-import os
 import random
-import resource
 import shutil
-import signal
-import socket
 import time
 from pathlib import Path
 
@@ -19,10 +14,9 @@ import pytest
 import torch
 from conftest import write_clip
 from llamafactory_video.demo.tiny_model import save_tiny_model
+from processes import Run
 from safetensors.torch import load_file
 
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["llamafactory.train.tuner"])
 STEPS = 24
 
 
@@ -75,53 +69,6 @@ def keys(tmp_path_factory):
 LORA = {"finetuning_type": "lora", "lora_rank": 4, "lora_dropout": 0.2, "lora_target": "all"}
 
 
-def _train(keys: dict, rank: int, count: int, port: int, largest_file: int | None) -> None:
-    os.setpgrp()
-    if count > 1:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
-        os.environ |= {"LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # of the workers that read clips, as it is outside this test
-    log = open(f"{keys['output_dir']}.{rank}.log", "a")  # noqa: SIM115
-    os.dup2(log.fileno(), 1)
-    os.dup2(log.fileno(), 2)
-    if largest_file is not None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))  # as on a full disk
-    from llamafactory.train.tuner import run_exp
-
-    run_exp(keys)
-
-
-class Run:
-    """The processes of one start of a training run."""
-
-    def __init__(self, keys: dict, output: Path, count: int = 1, largest_file: int | None = None, **overrides) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
-        keys = {**keys, "output_dir": str(output), **overrides}
-        self.processes = [
-            SERVER.Process(target=_train, args=(keys, rank, count, port, largest_file)) for rank in range(count)
-        ]
-        for process in self.processes:
-            process.start()
-
-    def alive(self) -> bool:
-        return any(process.is_alive() for process in self.processes)
-
-    def kill(self) -> None:
-        for process in self.processes:
-            if process.is_alive():
-                os.killpg(process.pid, signal.SIGKILL)
-        self.end()
-
-    def end(self) -> list[int]:
-        for process in self.processes:
-            process.join(240)
-            assert process.exitcode is not None, "a process hangs"
-        return [process.exitcode for process in self.processes]
-
-
 def whole_steps(output: Path) -> list[int]:
     return sorted(int(path.name.partition("-")[2]) for path in output.glob("checkpoint-*"))
 
@@ -133,27 +80,18 @@ def history(output: Path) -> list[dict]:
     return [{name: line[name] for name in names if name in line} for line in lines]
 
 
-def wait_for(condition, run: Run) -> bool:
-    """Until it holds or the run has ended; looks a thousand times a second."""
-    while run.alive():
-        if condition():
-            return True
-        time.sleep(0.001)
-    return False
-
-
 def kill_often(keys: dict, output: Path, count: int, kills: int, seed: int, **overrides) -> int:
     """Start, kill and start again until the run has ended by itself; how many kills met a checkpoint being written."""
     moments, met = random.Random(seed), 0
     for number in range(kills):
         run = Run(keys, output, count, **overrides)
         before = whole_steps(output)
-        if not wait_for(lambda before=before: whole_steps(output) != before, run):
+        if not run.wait_for(lambda before=before: whole_steps(output) != before):
             break  # it came to its end
         if number % 2:
             time.sleep(moments.uniform(0, 0.4))
         else:
-            wait_for((output / "unfinished").exists, run)
+            run.wait_for((output / "unfinished").exists)
             time.sleep(moments.uniform(0, 0.02))
         met += (output / "unfinished").exists()
         run.kill()
@@ -161,7 +99,7 @@ def kill_often(keys: dict, output: Path, count: int, kills: int, seed: int, **ov
             assert (output / f"checkpoint-{step}" / "processor_config.json").is_file()
             assert (output / f"checkpoint-{step}" / "trainer_state.json").is_file()
     run = Run(keys, output, count, **overrides)
-    assert run.end() == [0] * count, Path(f"{output}.0.log").read_text(errors="replace")[-3000:]
+    assert run.end() == [0] * count, run.log()[-3000:]
     return met
 
 
@@ -175,8 +113,7 @@ def assert_same_run(output: Path, whole: Path, weights: str) -> None:
     assert all(torch.equal(found[name], wanted[name]) for name in found)
 
 
-CASES = [("full", {}, 1), ("lora", LORA, 2)]
-CASES_OF_MANY = [*CASES, ("lora", LORA, 1), ("full", {}, 2)]
+CASES = [("full", {}, 1), ("lora", LORA, 2), ("lora", LORA, 1), ("full", {}, 2)]
 
 
 def _check_killed_run(keys, folder, kind, overrides, count, kills):
@@ -189,19 +126,19 @@ def _check_killed_run(keys, folder, kind, overrides, count, kills):
     assert not (folder / "killed" / "unfinished").exists()
 
 
-@pytest.mark.parametrize(("kind", "overrides", "count"), CASES, ids=["full-1", "lora-2"])
-def test_a_killed_run_ends_as_one_that_was_not(keys, tmp_path, kind, overrides, count):
-    _check_killed_run(keys, tmp_path, kind, overrides, count, kills=2)
+def test_a_killed_run_ends_as_one_that_was_not(keys, tmp_path):
+    """Killed twice: at a random moment, and while a checkpoint is written."""
+    _check_killed_run(keys, tmp_path, "lora", LORA, 1, kills=2)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("kind", "overrides", "count"), CASES_OF_MANY, ids=["full-1", "lora-2", "lora-1", "full-2"])
+@pytest.mark.thorough
+@pytest.mark.parametrize(("kind", "overrides", "count"), CASES, ids=["full-1", "lora-2", "lora-1", "full-2"])
 def test_a_run_killed_ten_times_ends_as_one_that_was_not(keys, tmp_path, kind, overrides, count):
     more = {"max_steps": STEPS, "dataloader_num_workers": 2}
     _check_killed_run({**keys, **more}, tmp_path, kind, overrides, count, kills=10)
 
 
-@pytest.mark.parametrize("overrides", [{}, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("overrides", [pytest.param({}, marks=pytest.mark.thorough), LORA], ids=["full", "lora"])
 def test_two_runs_of_one_seed_are_identical(keys, tmp_path, overrides):
     overrides = {**overrides, "max_steps": 4}
     runs = [Run(keys, tmp_path / name, **overrides) for name in "ab"]
@@ -214,7 +151,7 @@ def test_two_runs_of_one_seed_are_identical(keys, tmp_path, overrides):
     assert history(tmp_path / "a") == history(tmp_path / "b") != history(tmp_path / "c")
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.thorough), 2])
 def test_a_full_disk_leaves_the_older_checkpoint_and_says_so(keys, tmp_path, count):
     output = tmp_path / "out"
     assert Run(keys, output, count, max_steps=2).end() == [0] * count
@@ -224,7 +161,7 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_says_so(keys, tmp_path, cou
     size = (output / "checkpoint-2" / "optimizer.pt").stat().st_size
     run = Run(keys, output, count, largest_file=size // 2)
     assert 0 not in run.end()
-    log = Path(f"{output}.0.log").read_text(errors="replace")
+    log = run.log()
     assert "checkpoint-4 could not be written" in log and "GiB are free" in log
     assert f"{output / 'checkpoint-2'} is whole: the next start goes on from there" in log
     assert {p: p.stat().st_mtime_ns for p in (output / "checkpoint-2").rglob("*")} == before
@@ -237,13 +174,14 @@ def test_all_processes_load_the_best_checkpoint(keys, tmp_path):
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
     evaluated = {"eval_dataset": "clips", "eval_strategy": "steps", "eval_steps": 2}
     output = tmp_path / "out"
-    assert Run(keys, output, 2, max_steps=6, save_total_limit=None, **best, **evaluated).end() == [0, 0]
+    run = Run(keys, output, 2, max_steps=6, save_total_limit=None, **best, **evaluated)
+    assert run.end() == [0, 0]
     state = json.loads((output / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == str(output / "checkpoint-2")  # greater is better: the first, not the last
     found, wanted = (load_file(folder / "model.safetensors") for folder in (output, output / "checkpoint-2"))
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     for rank in range(2):
-        assert "Could not locate" not in Path(f"{output}.{rank}.log").read_text(errors="replace")
+        assert "Could not locate" not in run.log(rank)
 
 
 def test_a_checkpoint_that_has_no_room_is_not_begun(keys, tmp_path, monkeypatch):

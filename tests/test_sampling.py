@@ -9,7 +9,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from conftest import examples
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from llamafactory.data import mm_plugin
 from llamafactory_video.video.decode import resize_frame
@@ -42,7 +43,7 @@ clips = st.builds(
 )
 
 
-@settings(max_examples=1500, deadline=None)
+@examples(1500)
 @given(
     clips, st.floats(0.1, 30), st.integers(1, 64), st.integers(1, 768), st.integers(4096, 10**6), st.integers(1, 64)
 )
@@ -79,7 +80,7 @@ class Path(str):
         return path
 
 
-@settings(max_examples=1500, deadline=None)
+@examples(1500)
 @given(
     clips, st.floats(0.1, 30), st.integers(1, 256), st.integers(256, 10**6), st.integers(1, 64), st.floats(0.5, 1.5)
 )
@@ -275,7 +276,7 @@ def seconds(moment, info):
     return moment * info.duration if isinstance(moment, float) else moment % (info.num_frames + 1) / info.fps
 
 
-@settings(max_examples=3000, deadline=None)
+@examples(3000)
 @given(any_clips, utils_counts, utils_pixels, starts, ends)
 def test_qwen_vl_utils_equals_the_package(utils, info, counts, pixels, start, end):
     start, end = seconds(start, info), seconds(end, info)
@@ -286,7 +287,7 @@ def test_qwen_vl_utils_equals_the_package(utils, info, counts, pixels, start, en
     check_utils_plan(expected, info, {**counts, **pixels}, start, end)
 
 
-@settings(max_examples=1500, deadline=None)
+@examples(1500)
 @given(
     st.integers(1, 12),
     sides,
@@ -301,7 +302,7 @@ def test_qwen_vl_utils_pictures_equal_the_package(utils, count, height, width, p
     check_utils_plan(fetch_sizes(utils, {"video": pictures, **pixels, **rates}), info, pixels)
 
 
-@settings(max_examples=1500, deadline=None)
+@examples(1500)
 @given(sides, sides, pixel_bounds)
 def test_qwen_vl_utils_image_size_equals_the_package(utils, height, width, bounds):
     full = (bounds.get("min_pixels", 4 * 32**2), bounds.get("max_pixels", 16384 * 32**2))
@@ -383,7 +384,7 @@ wishes = st.tuples(dialects, st.floats(0.1, 30), st.integers(1, 16), st.integers
 )
 
 
-@settings(max_examples=500, deadline=None)
+@examples(500)
 @given(st.integers(2, 2000), st.sampled_from(RATES), wishes)
 def test_timestamps_are_alike_where_the_rate_is_constant(n, fps, sampling):
     info = ClipInfo(n, fps, n / fps, 360, 640)
@@ -393,7 +394,7 @@ def test_timestamps_are_alike_where_the_rate_is_constant(n, fps, sampling):
     assert plan_frames(timed, sampling) == plan_frames(timed, index) == plan_frames(info, index) == plan
 
 
-@settings(max_examples=1000, deadline=None)
+@examples(1000)
 @given(st.integers(2, 400), st.integers(0, 10**6), st.floats(0.5, 60), wishes, starts, st.floats(5, 60))
 def test_variable_rates(n, seed, fps, sampling, start, header_fps):
     """`pts` shows the frames nearest to the wanted times, at their real times; `index` as if the rate were constant."""
@@ -425,7 +426,7 @@ def test_variable_rates(n, seed, fps, sampling, start, header_fps):
     assert indexed.times == tuple(i / header_fps for i in indexed.indices)
 
 
-@settings(max_examples=1500, deadline=None)
+@examples(1500)
 @given(st.integers(1, 5000), st.integers(1, 5000), st.integers(1024, 10**6), st.integers(1, 32))
 def test_image_size_equals_transformers(height, width, min_pixels, factor):
     assume(max(height, width) <= 200 * min(height, width))
@@ -441,7 +442,7 @@ def test_the_official_numbers():
     assert plan.num_tokens <= 490
 
 
-@settings(max_examples=500, deadline=None)
+@examples(500)
 @given(st.integers(2, 2000), st.integers(1, 2000), wishes, st.sampled_from(["pts", "index"]))
 def test_a_span_is_sampled_as_if_cut_out(n, skipped, sampling, timestamps):
     assume(sampling.dialect != "qwen_vl_utils")  # it spreads frames over the whole file's numbers

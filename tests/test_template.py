@@ -5,8 +5,8 @@ import unicodedata
 
 import pytest
 import torch
-from conftest import decode_all, real_clips, write_clip
-from hypothesis import HealthCheck, given, settings
+from conftest import decode_all, examples, real_clips, write_clip
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from llamafactory_video.arguments import apply_to_processor
 from llamafactory_video.data.conversation import parse_record
@@ -180,7 +180,7 @@ TEXT = st.text(st.characters(codec="utf-8", exclude_characters="<>", exclude_cat
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=4), st.none() | TEXT, st.booleans())
 def test_any_text_conversation_equals_apply_chat_template(processor, turns, system, use_tools):
     tools = (

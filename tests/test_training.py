@@ -7,8 +7,6 @@ the model. What it shares with the trainer is the record's own ids, labels and p
 import copy
 import json
 import math
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +27,7 @@ from llamafactory_video.train.audit import GradientAudit, GradientError
 from llamafactory_video.train.checkpoint import CheckpointError
 from llamafactory_video.train.trainer import VideoTrainer
 from PIL import Image
+from processes import Run
 from safetensors.torch import load_file
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import AutoModelForImageTextToText, TrainerCallback
@@ -142,17 +141,6 @@ def told(monkeypatch):
     return lines
 
 
-def start_processes(keys: dict, output: Path, count: int, **overrides) -> subprocess.CompletedProcess:
-    """The same on several processes of the CPU, as `llamafactory-cli train` starts them."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    file = write_recipe({**keys, **overrides}, output)
-    environment = {**os.environ, "FORCE_TORCHRUN": "1", "NPROC_PER_NODE": str(count), "MASTER_PORT": str(port)}
-    command = [sys.executable, "-m", "llamafactory.cli", "train", str(file)]
-    environment |= {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-
-
 def module(name: str) -> str:
     return "projector" if "merger" in name else "vision" if "visual" in name else "language"
 
@@ -233,7 +221,7 @@ def plain(keys, folder):
 
 
 # Micro-batches of a step: one, two of two, four of one.
-@pytest.mark.parametrize("size", [4, 2, 1])
+@pytest.mark.parametrize("size", [pytest.param(4, marks=pytest.mark.thorough), 2, 1])
 def test_twenty_steps_equal_a_plain_loop(keys, folder, plain, tmp_path, size):
     lines = train(keys, tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=BATCH // size)
     expected, weights = plain("full")
@@ -258,8 +246,8 @@ def test_twenty_steps_of_lora_equal_a_plain_loop(keys, plain, tmp_path):
 
 def test_two_processes_whose_batches_differ_in_kind_equal_a_plain_loop(keys, plain, tmp_path):
     """One record a batch: while one process has a text, the other has a picture, or a clip with a picture beside one."""
-    run = start_processes(keys, tmp_path / "two", 2, per_device_train_batch_size=1, gradient_accumulation_steps=2)
-    assert run.returncode == 0, run.stderr[-3000:]
+    run = Run(keys, tmp_path / "two", 2, per_device_train_batch_size=1, gradient_accumulation_steps=2)
+    assert run.end() == [0, 0], run.log()[-3000:]
     expected, weights = plain("full")
     assert_same(steps(tmp_path / "two"), expected)
     for name, weight in load_file(tmp_path / "two" / "model.safetensors").items():
@@ -351,8 +339,17 @@ def test_a_run_that_diverges_stops_before_it_is_saved(keys, tmp_path):
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
-@pytest.mark.parametrize("logging", [{"logging_steps": 500}, {"logging_strategy": "no"}])
-@pytest.mark.parametrize("saving", [{"save_strategy": "no"}, {"save_strategy": "steps", "save_steps": 4}])
+@pytest.mark.parametrize(
+    ("logging", "saving"),
+    [
+        ({"logging_steps": 500}, {"save_strategy": "steps", "save_steps": 4}),
+        pytest.param({"logging_steps": 500}, {"save_strategy": "no"}, marks=pytest.mark.thorough),
+        pytest.param(
+            {"logging_strategy": "no"}, {"save_strategy": "steps", "save_steps": 4}, marks=pytest.mark.thorough
+        ),
+        ({"logging_strategy": "no"}, {"save_strategy": "no"}),
+    ],
+)
 def test_it_is_not_saved_where_no_line_of_the_log_tells(keys, tmp_path, logging, saving):
     rates = {"learning_rate": 1e30, "mm_projector_lr": 1e30, "vision_tower_lr": 1e30}
     with pytest.raises(GradientError, match=r"training has diverged \(loss nan"):
@@ -371,7 +368,7 @@ def test_hooks_are_gone_once_all_is_judged(keys, tmp_path):
 def test_a_layer_keeps_its_name_when_it_is_wrapped():
     inner = torch.nn.Sequential(torch.nn.Linear(2, 2))
     audit = GradientAudit(inner.named_parameters(), from_hooks=False)
-    wrapped = torch.compile(torch.nn.Sequential(checkpoint_wrapper(inner[0])))
+    wrapped = torch.compile(torch.nn.Sequential(checkpoint_wrapper(inner[0])), backend="eager")
     wrapped(torch.ones(1, 2)).sum().backward()
     audit.take(wrapped.named_parameters())
     assert audit.check(torch.device("cpu")) == {} and audit.pending == []
@@ -485,9 +482,10 @@ def test_images_and_clips_go_through_the_vision_tower_together(keys, folder):
 
 
 def test_a_record_that_fails_on_one_process_stops_both_with_its_name(keys, tmp_path):
-    run = start_processes(keys, tmp_path / "two", 2, dataset="bad", per_device_train_batch_size=1, max_steps=40)
-    assert run.returncode != 0
-    assert "bad.json, record 14 (line 1): " in run.stderr and "bad.mp4: is not a video" in run.stderr
+    run = Run(keys, tmp_path / "two", 2, dataset="bad", per_device_train_batch_size=1, max_steps=40)
+    assert 0 not in run.end()
+    for rank in range(2):
+        assert "bad.json, record 14 (line 1): " in run.log(rank) and "bad.mp4: is not a video" in run.log(rank)
 
 
 def test_a_process_that_failed_may_be_started_anew(tmp_path):
