@@ -180,9 +180,10 @@ def test_names_of_groups_differ(load):
     assert {"language_model", "language_model_2", "vision_tower_no_decay"} <= set(names)
 
 
-def test_a_model_without_a_vision_tower_is_left_to_llamafactory():
-    model, asked = torch.nn.Linear(2, 2), []
-    keys = SimpleNamespace(vision_tower_lr=None, mm_projector_lr=None)
+def test_without_our_template_or_a_rate_by_module_all_is_left_to_llamafactory():
+    """A vision tower in 16 bits at a rate that cannot move it, too."""
+    model, asked = torch.nn.ModuleDict({"visual": torch.nn.Linear(2, 2, dtype=torch.bfloat16)}), []
+    keys = SimpleNamespace(vision_tower_lr=None, mm_projector_lr=None, video_template=False)
     assert make_optimizer(lambda *args: asked.append(args), model, None, keys, print) is None
     assert asked == [(model, None, keys)]
 

@@ -77,6 +77,9 @@ class VideoModelKeys:
     )
     image_min_pixels: int | None = field(default=None, metadata={"help": "The least number of pixels of an image."})
     image_max_pixels: int | None = field(default=None, metadata={"help": "The greatest number of pixels of an image."})
+    # Not keys: what parsing finds out. As fields they go along when LLaMA-Factory copies these arguments.
+    given_video_keys: dict[str, Any] = field(init=False, default_factory=dict)
+    video_template: bool = field(init=False, default=False)
 
     def take_video_keys(self) -> None:
         """Remember which keys were given, then fill the others so that LLaMA-Factory's own code finds numbers."""
@@ -127,6 +130,8 @@ class VideoDataKeys:
 @dataclass
 class VideoFinetuningKeys:
     """Keys on training by module."""
+
+    video_template: bool = field(init=False, default=False)  # see VideoModelKeys
 
     vision_tower_lr: float | None = field(
         default=None,

@@ -54,9 +54,16 @@ def _hparams_parser(parser: ModuleType) -> None:
     class FinetuningArguments(VideoFinetuningKeys, parser.FinetuningArguments):
         pass
 
-    ours = {cls.__mro__[2]: cls for cls in (ModelArguments, DataArguments, FinetuningArguments)}
-    for arguments in (parser._TRAIN_ARGS, parser._INFER_ARGS):
-        arguments[:] = [ours.get(cls, cls) for cls in arguments]
+    extended = {
+        parser.ModelArguments: ModelArguments,
+        parser.DataArguments: DataArguments,
+        parser.FinetuningArguments: FinetuningArguments,
+    }
+    for arguments in (parser._TRAIN_ARGS, parser._INFER_ARGS, parser._EVAL_ARGS):
+        arguments[:] = [extended.get(cls, cls) for cls in arguments]
+    # Everywhere, since LLaMA-Factory makes and copies arguments of its own classes too, for a reference model say.
+    for cls in extended.values():
+        _replace(parser, cls.__name__, cls)
 
     def checked(parse: Callable) -> Callable:
         def parse_and_check(args: Any = None) -> tuple:
@@ -64,6 +71,10 @@ def _hparams_parser(parser: ModuleType) -> None:
                 _prepare_fsdp(args)
             parsed = parse(args)
             finetuning_args = next(p for p in parsed if hasattr(p, "finetuning_type"))
+            parsed[0].video_template = finetuning_args.video_template = parsed[1].template in (
+                TEMPLATE,
+                THINKING_TEMPLATE,
+            )
             _check_keys_fit_template(parsed[0], parsed[1], finetuning_args)
             for training_args in (p for p in parsed if hasattr(p, "do_train")):
                 from .train.optimizer import check_deepspeed
@@ -77,13 +88,17 @@ def _hparams_parser(parser: ModuleType) -> None:
 
         return parse_and_check
 
-    for name in ("_parse_train_args", "_parse_infer_args"):
+    for name in ("_parse_train_args", "_parse_infer_args", "_parse_eval_args"):
         _replace(parser, name, checked(getattr(parser, name)))
+
+    stock_last_checkpoint = parser.get_last_checkpoint
 
     def get_last_checkpoint(folder: str) -> str | None:
         from .train.checkpoint import last_whole_checkpoint
+        from .train.run_record import FILE
 
-        return last_whole_checkpoint(folder)
+        # Only our trainer writes that file, before its first checkpoint.
+        return (last_whole_checkpoint if Path(folder, FILE).is_file() else stock_last_checkpoint)(folder)
 
     _replace(parser, "get_last_checkpoint", get_last_checkpoint)
 
@@ -551,6 +566,8 @@ def _data_collator(collator: ModuleType) -> None:
     @dataclass
     class SFTDataCollatorWith4DAttentionMask(stock):
         def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+            if not hasattr(self.template, "thinking"):
+                return super().__call__(features)
             # Frames are read here, once a batch is wanted: what asks for lengths alone decodes nothing.
             features = [feature["show"]() if "show" in feature else feature for feature in features]
             # Counted before stock shows a picture that no record has, where a batch is of texts alone.
@@ -560,19 +577,18 @@ def _data_collator(collator: ModuleType) -> None:
             # A packed row has its samples numbered from 1 in its mask.
             lengths = [n for feature in features for n in np.bincount(feature["attention_mask"])[1:].tolist()]
             batch = super().__call__(features)
-            if hasattr(self.template, "thinking"):
-                from .model.template import token_type_ids
+            from .model.template import token_type_ids
 
-                batch["mm_token_type_ids"] = token_type_ids(batch["input_ids"], self.processor)
-                grids = (batch.get(name) for name in ("image_grid_thw", "video_grid_thw"))
-                grids = [grid for grid in grids if grid is not None]
-                # The trainer takes it out. Plain numbers: counting them never waits for the device.
-                batch["shown"] = {
-                    "images": images,
-                    "clips": clips,
-                    "lengths": lengths,
-                    "grids": [tuple(row) for grid in grids for row in grid.tolist()],
-                }
+            batch["mm_token_type_ids"] = token_type_ids(batch["input_ids"], self.processor)
+            grids = (batch.get(name) for name in ("image_grid_thw", "video_grid_thw"))
+            grids = [grid for grid in grids if grid is not None]
+            # The trainer takes it out. Plain numbers: counting them never waits for the device.
+            batch["shown"] = {
+                "images": images,
+                "clips": clips,
+                "lengths": lengths,
+                "grids": [tuple(row) for grid in grids for row in grid.tolist()],
+            }
             return batch
 
     _replace(collator, "SFTDataCollatorWith4DAttentionMask", SFTDataCollatorWith4DAttentionMask)
@@ -587,7 +603,7 @@ def _model_patcher(patcher: ModuleType) -> None:
 
     def patch_processor(processor: Any, tokenizer: Any, model_args: Any) -> None:
         stock(processor, tokenizer, model_args)
-        if type(processor).__name__ == "Qwen3VLProcessor" and hasattr(model_args, "given_video_keys"):
+        if model_args.video_template and type(processor).__name__ == "Qwen3VLProcessor":
             from .arguments import apply_to_processor, frame_cache, take_trained_processors
             from .video.clip import ClipReader
 
@@ -606,12 +622,27 @@ def _model_patcher(patcher: ModuleType) -> None:
     _replace(patcher, "patch_processor", patch_processor)
 
 
-def _model_visual(visual: ModuleType) -> None:
+def _model_loader(loader: ModuleType) -> None:
     """The projector is all that is named merger, as in the official trainer; stock counts deepstack as vision."""
-    for model_type in ("qwen3_vl", "qwen3_vl_moe"):
-        model = visual.COMPOSITE_MODELS[model_type]
-        model.projector_keys = ["visual.merger", "visual.deepstack_merger_list"]
-        model.vision_model_keys = ["visual.pos_embed", "visual.patch_embed", "visual.blocks"]
+    stock = loader.load_model
+
+    def load_model(tokenizer: Any, model_args: Any, finetuning_args: Any, *args: Any, **kwargs: Any) -> Any:
+        if not model_args.video_template:
+            return stock(tokenizer, model_args, finetuning_args, *args, **kwargs)
+        from llamafactory.model.model_utils.visual import COMPOSITE_MODELS
+
+        models = [COMPOSITE_MODELS[name] for name in ("qwen3_vl", "qwen3_vl_moe")]
+        before = [(model.projector_keys, model.vision_model_keys) for model in models]
+        for model in models:
+            model.projector_keys = ["visual.merger", "visual.deepstack_merger_list"]
+            model.vision_model_keys = ["visual.pos_embed", "visual.patch_embed", "visual.blocks"]
+        try:
+            return stock(tokenizer, model_args, finetuning_args, *args, **kwargs)
+        finally:
+            for model, keys in zip(models, before, strict=True):
+                model.projector_keys, model.vision_model_keys = keys
+
+    _replace(loader, "load_model", load_model)
 
 
 def _sft_trainer(trainer: ModuleType) -> None:
@@ -620,11 +651,11 @@ def _sft_trainer(trainer: ModuleType) -> None:
 
     class CustomSeq2SeqTrainer(stock):
         def save_predictions(self, dataset: Any, predict_results: Any, skip_special_tokens: bool = True) -> None:
-            if not self.is_world_process_zero():
-                return
-            transform = getattr(dataset, "format", {}).get("format_kwargs", {}).get("transform")
-            rows = dataset if transform is None else map(transform.encode, dataset.with_format(None))
-            prompts = {"input_ids": [row["input_ids"] for row in rows]}
+            prompts = dataset
+            if self.finetuning_args.video_template and self.is_world_process_zero():
+                encoder = dataset.format["format_kwargs"]["transform"]
+                rows = map(encoder.encode, dataset.with_format(None))
+                prompts = {"input_ids": [row["input_ids"] for row in rows]}
             super().save_predictions(prompts, predict_results, skip_special_tokens)
 
     _replace(trainer, "CustomSeq2SeqTrainer", CustomSeq2SeqTrainer)
@@ -640,7 +671,7 @@ def _sft_workflow(workflow: ModuleType) -> None:
     arguments: list[Any] = []  # of the run: those that LLaMA-Factory's trainer does not get
 
     def make_trainer(**kwargs: Any) -> Any:
-        if not hasattr(kwargs["data_collator"].template, "thinking"):
+        if not kwargs["finetuning_args"].video_template:
             return stock(**kwargs)
         from .train.run_record import describe_run
         from .train.trainer import VideoTrainer
@@ -663,8 +694,7 @@ def _sft_workflow(workflow: ModuleType) -> None:
         return trainer
 
     def run_sft(*args: Any, **kwargs: Any) -> None:
-        data_args = args[1]
-        if data_args.template not in (TEMPLATE, THINKING_TEMPLATE):
+        if not args[0].video_template:
             run_stock(*args, **kwargs)
             return
         from .train.failure import stopping_together
@@ -701,12 +731,21 @@ def _train_optimizer(trainer_utils: ModuleType) -> None:
 
 def _chat_model(chat_model: ModuleType) -> None:
     """`<video>path</video>` in lines typed into `llamafactory-cli chat`; in no server, where it would read files."""
-    run = chat_model.run_chat
+    run, stock = chat_model.run_chat, chat_model.ChatModel
 
-    def run_chat() -> None:
-        stream = chat_model.ChatModel.stream_chat
+    class VideoChatModel(stock):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.shows_clips = hasattr(self.engine.template, "thinking")
+            if self.shows_clips:
+                print(
+                    "Show a clip with <video>path/to/clip.mp4</video> in your message, a picture with <image>…</image>."
+                )
 
-        def stream_chat(self: Any, messages: list[dict[str, str]], *args: Any, **kwargs: Any) -> Any:
+        def stream_chat(self, messages: list[dict[str, str]], *args: Any, **kwargs: Any) -> Any:
+            if not self.shows_clips:
+                yield from super().stream_chat(messages, *args, **kwargs)
+                return
             from .data.conversation import take_inline_media
 
             # A question that failed is not asked again with the next one.
@@ -714,13 +753,16 @@ def _chat_model(chat_model: ModuleType) -> None:
                 del messages[i - 1 : i + 1]
             try:
                 asked, videos, images = take_inline_media(messages)
-                yield from stream(self, asked, *args, videos=videos or None, images=images or None, **kwargs)
+                yield from super().stream_chat(asked, *args, videos=videos or None, images=images or None, **kwargs)
             except ValueError as error:
                 yield f"[error: {error}]"
 
-        chat_model.ChatModel.stream_chat = stream_chat
-        print("Show a clip with <video>path/to/clip.mp4</video> in your message, a picture with <image>path</image>.")
-        run()
+    def run_chat() -> None:
+        chat_model.ChatModel = VideoChatModel
+        try:
+            run()
+        finally:
+            chat_model.ChatModel = stock
 
     _replace(chat_model, "run_chat", run_chat)
 
@@ -777,10 +819,12 @@ TABLE: dict[str, tuple[dict[str, str], Callable[[ModuleType], None]]] = {
         {
             "_TRAIN_ARGS": "",
             "_INFER_ARGS": "",
+            "_EVAL_ARGS": "",
             "get_last_checkpoint": "",
             "logger": "",
             "_parse_train_args": "args",
             "_parse_infer_args": "args",
+            "_parse_eval_args": "args",
             "ModelArguments": "",
             "DataArguments": "",
             "FinetuningArguments": "",
@@ -845,8 +889,9 @@ TABLE: dict[str, tuple[dict[str, str], Callable[[ModuleType], None]]] = {
             "projector_keys: list": "",
             "vision_model_keys: list": "",
         },
-        _model_visual,
+        lambda module: None,
     ),
+    "llamafactory.model.loader": ({"load_model": "tokenizer model_args finetuning_args"}, _model_loader),
     "llamafactory.train.trainer_utils": (
         {"create_custom_optimizer": "model training_args finetuning_args", "logger": ""},
         _train_optimizer,

@@ -774,6 +774,7 @@ def _for_all(
                 for result in executor.map(_do_work, part, chunksize=min(8, 1 + len(part) // (4 * workers))):
                     yield result
                     bar.update()
+            executor.shutdown()  # waits: processes that are still there when this one ends may keep it from ending
         except BrokenProcessPool as error:
             raise DatasetError(f"{title}: a process was killed, perhaps for memory; try fewer processes") from error
         finally:

@@ -57,7 +57,7 @@ def make_optimizer(
 ) -> torch.optim.Optimizer | None:
     """The optimizer that LLaMA-Factory and transformers would make, its groups split by module.
 
-    A model without a vision tower gets what `stock` returns.
+    Without one of our templates or a rate by module it is what `stock` returns.
 
     Args:
         stock: LLaMA-Factory's create_custom_optimizer; it returns None where it leaves the choice to transformers.
@@ -69,9 +69,9 @@ def make_optimizer(
     """
     rates = {m: getattr(finetuning_args, key, None) for m, key in RATE_KEYS.items()}
     rates = {module: rate for module, rate in rates.items() if rate is not None}
-    named = list(model.named_parameters())
-    if not rates and all(module_of(name) == "language_model" for name, _ in named):
+    if not rates and not finetuning_args.video_template:
         return stock(model, training_args, finetuning_args)
+    named = list(model.named_parameters())
     if rates:
         check_rates(rates, training_args.learning_rate)
         if training_args.optim in ("lomo", "adalomo"):  # before its package is asked for
