@@ -1,8 +1,4 @@
-"""What `ClipReader.show` shows is what was planned, and what a plain PyAV loop yields, on files drawn here.
-
-Every picture carries its number as black and white blocks, over noise that moves, so a frame taken for another, or
-decoded from wrong references, is seen.
-"""
+"""What `ClipReader.show` shows is what was planned, and what a plain PyAV loop yields, on files drawn here (drawing.py)."""
 
 import itertools
 import os
@@ -18,6 +14,7 @@ import numpy as np
 import pytest
 from av.bitstream import BitStreamFilterContext
 from conftest import examples
+from drawing import X265, number_in, picture, write
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from llamafactory_video.data.conversation import Clip
@@ -28,92 +25,8 @@ from llamafactory_video.video.decode import resize_frame
 from llamafactory_video.video.probe import ClipError, open_picture, picture_size
 from llamafactory_video.video.sampling import Sampling
 
-os.environ["SVT_LOG"] = "1"
-ROWS, COLUMNS = 3, 4  # blocks of a picture: the bits of its number
 SAMPLING = Sampling("qwen_finetune", fps=4, min_frames=2, max_frames=8, min_pixels=4096, max_pixels=10**8)
 EVERY = {"fps": 1000.0, "max_frames": 1000}  # every frame of a clip
-X265 = {"x265-params": "log-level=none:pools=1"}
-NOISE = np.random.default_rng(0).integers(-20, 21, (64, 64))
-
-
-def picture(number, size=(64, 96)):
-    """A picture of its number, (H, W, 3) uint8."""
-    height, width = size
-    rows, columns = np.arange(height) * ROWS // height, np.arange(width) * COLUMNS // width
-    bits = number >> (rows[:, None] * COLUMNS + columns) & 1
-    noise = np.roll(np.tile(NOISE, (height // 64 + 1, width // 64 + 1)), 3 * number, axis=1)[:height, :width]
-    return np.repeat((40 + 170 * bits + noise)[..., None], 3, axis=2).astype(np.uint8)
-
-
-def number_in(frame):
-    """The number that a picture shows."""
-    height, width = frame.shape[0] // ROWS, frame.shape[1] // COLUMNS
-    middle = [
-        frame[row * height + height // 4 : (row + 1) * height - height // 4, column * width + width // 4 :][
-            :, : width // 2
-        ].mean()
-        for row, column in itertools.product(range(ROWS), range(COLUMNS))
-    ]
-    return sum((value > 125) << place for place, value in enumerate(middle))
-
-
-def write(
-    path,
-    codec="libx264",
-    pix_fmt="yuv420p",
-    options=None,
-    frames=24,
-    first=0,
-    rate=12,
-    size=(64, 96),
-    stamps=None,
-    late=0,
-    aspect=None,
-    container_options=None,
-    streams=1,
-    audio=False,
-    change=None,
-):
-    """A video whose pictures show the numbers from `first` on.
-
-    Args:
-        stamps: presentation times in ms, in place of those of the rate.
-        late: frames' time that passes before the first one.
-        streams: video streams; the second shows numbers from 1000 on.
-        change: of each packet before it is written.
-    """
-    options = {"threads": "1", **(X265 if codec == "libx265" else {}), **(options or {})}
-    if codec == "libx264":
-        options.setdefault("preset", "veryfast")
-    with av.open(str(path), "w", options=container_options or {}) as container:
-        tracks = []
-        for _ in range(streams):
-            track = container.add_stream(codec, rate=rate, options=options)
-            track.height, track.width, track.pix_fmt = *size, pix_fmt
-            if aspect:
-                track.codec_context.sample_aspect_ratio = aspect
-            if stamps is not None:
-                track.codec_context.time_base = Fraction(1, 1000)
-            tracks.append(track)
-        sound = container.add_stream("aac", rate=16000) if audio else None
-        for i in range(frames + 1):
-            for place, track in enumerate(tracks):
-                frame = None
-                if i < frames:
-                    frame = av.VideoFrame.from_ndarray(picture(first + i + 1000 * place, size), format="rgb24")
-                    frame = frame.reformat(format=pix_fmt)
-                    frame.pts, frame.time_base = i + late, Fraction(1, rate)
-                    if stamps is not None:
-                        frame.pts, frame.time_base = int(stamps[i]), Fraction(1, 1000)
-                for packet in track.encode(frame):
-                    container.mux(change(packet) if change else packet)
-            if sound is not None:
-                samples = None
-                if i < frames:
-                    samples = av.AudioFrame.from_ndarray(np.zeros((1, 16000 // rate), np.float32), "fltp", "mono")
-                    samples.sample_rate = 16000
-                container.mux(sound.encode(samples))
-    return path
 
 
 def stored_matrix(frame):
@@ -133,31 +46,17 @@ def turned(stored, matrix):
     return shown
 
 
-def plain(path, tolerant=False):
+def plain(path):
     """Pictures, as a player shows them, and times of all frames of the first video stream, by the plainest loop."""
     pictures, times = [], []
     with av.open(f"file:{path}", timeout=20, metadata_errors="replace") as container:
         stream = next(
             one for one in container.streams.video if not one.disposition & av.stream.Disposition.attached_pic
         )
-        if stream.codec_context is None:
-            return pictures, times
-        if tolerant:  # damaged pictures come out alike only in one thread
-            stream.codec_context.thread_count = 1
-        demuxer = container.demux(stream)
-        while True:
-            try:
-                frames = next(demuxer).decode()
-            except StopIteration:
-                return pictures, times
-            except av.FFmpegError:
-                if not tolerant:
-                    raise
-                continue
-            for frame in frames:
-                if not (tolerant and frame.is_corrupt):
-                    pictures.append(turned(frame.to_ndarray(format="rgb24"), stored_matrix(frame)))
-                    times.append(None if frame.pts is None else float(frame.pts * frame.time_base))
+        for frame in container.decode(stream):
+            pictures.append(turned(frame.to_ndarray(format="rgb24"), stored_matrix(frame)))
+            times.append(None if frame.pts is None else float(frame.pts * frame.time_base))
+    return pictures, times
 
 
 def check(
@@ -190,7 +89,7 @@ def check(
         shown = reader.show(Clip(str(path), **own))
         plan = shown.plan
         assert plan == reader.plan(Clip(str(path), **own))
-        assert counted in (None, reader._files[str(path)].counted)
+        assert counted in (None, bool(reader._files[str(path)].positions))
         if own is EVERY and constant:
             assert sorted(set(plan.indices)) == list(range(len(pictures)))
         for place, (index, at) in enumerate(zip(plan.indices, plan.times, strict=True)):
@@ -536,92 +435,6 @@ def test_what_an_edit_list_cuts_off_is_not_shown(tmp_path, cut):
     replaced(path, at, struct.pack(">i", begin + cut * 1024))  # 12288 units a second
     shown = check(path, first=cut, clips=[{}, EVERY], threads=(1, 2, 3))
     assert max(shown.plan.indices) == 23 - cut
-
-
-def check_damaged(path, caplog, threads=2):
-    """Whatever is shown is a frame that the tolerant plain loop yields at that time; else an error names the file."""
-    caplog.clear()
-    pictures, times = plain_or_nothing(path)
-    times = np.maximum.accumulate([-1.0 if at is None else at for at in times])  # damaged time stamps may go back
-    for own in (EVERY, {}, {"max_frames": 4}):
-        reader = ClipReader(SAMPLING, timeout=20, threads=threads)
-        try:
-            shown = reader.show(Clip(str(path), **own))
-        except ClipError as error:
-            assert str(path) in str(error)
-            return "refused"
-        origin = None
-        for place, at in enumerate(shown.plan.times):
-            alike = [i for i, one in enumerate(pictures) if np.array_equal(one, shown.frames[place])]
-            if path.suffix == ".webm":
-                continue  # FFmpeg's VP8 decoder yields other pictures each time
-            assert alike, f"frame {shown.plan.indices[place]} is none of the file's"
-            origin = times[alike[0]] if origin is None else origin
-            assert any(abs(times[i] - origin - (at - shown.plan.times[0])) < 0.01 for i in alike)
-    return "shown"
-
-
-def plain_or_nothing(path):
-    try:
-        return plain(path, tolerant=True)
-    except (av.FFmpegError, StopIteration):
-        return [], []
-
-
-DAMAGED = {
-    "h264.mp4": dict(options={"g": "6", "bf": "2"}, container_options={"movflags": "faststart"}),
-    "fragments.mp4": dict(options={"g": "6"}, container_options={"movflags": "frag_keyframe+empty_moov"}),
-    "h264.ts": dict(options={"g": "6", "bf": "2"}),
-    "hevc.mkv": dict(codec="libx265", options={"g": "6"}),
-    "vp8.webm": dict(codec="libvpx", options={"deadline": "realtime", "g": "6"}),
-    "mpeg4.avi": dict(codec="mpeg4", options={"g": "6"}),
-}
-
-
-@pytest.mark.parametrize("name", ["h264.mp4", "fragments.mp4", "h264.ts", "vp8.webm", "mpeg4.avi"])
-def test_files_cut_short_show_what_is_left(tmp_path, caplog, name):
-    path = write(tmp_path / name, **DAMAGED[name])
-    data = path.read_bytes()
-    whole = len(plain(path)[0])
-    outcomes = []
-    for share in (0.02, 0.2, 0.5, 0.7, 0.9, 0.99):
-        path.write_bytes(data[: int(len(data) * share)])
-        outcomes.append(check_damaged(path, caplog))
-        left = len(plain_or_nothing(path)[0])
-        if outcomes[-1] == "shown" and left < whole and "mp4" in name and name != "fragments.mp4":
-            assert any(
-                str(path) in record.getMessage() and "frames" in record.getMessage() for record in caplog.records
-            )
-    assert "refused" in outcomes[:1]
-    assert outcomes[-1] == "shown"
-
-
-def test_an_mp4_without_its_index_is_named(tmp_path):
-    path = write(tmp_path / "headless.mp4")
-    path.write_bytes(path.read_bytes()[:-2000])
-    with pytest.raises(ClipError, match=r"headless\.mp4: "):
-        ClipReader(SAMPLING).show(str(path))
-
-
-def test_fewer_frames_than_min_frames_are_refused(tmp_path):
-    path = write(tmp_path / "short.mp4", **DAMAGED["h264.mp4"])
-    path.write_bytes(path.read_bytes()[:-4000])
-    with pytest.raises(ClipError, match=r"short\.mp4: .*fewer than video_min_frames, 24; replace it"):
-        ClipReader(SAMPLING.override(min_frames=24, max_frames=24)).show(str(path))
-
-
-@pytest.mark.parametrize("name", DAMAGED)
-def test_damage_anywhere_never_shows_a_wrong_frame(tmp_path, caplog, name):
-    path = write(tmp_path / name, **DAMAGED[name])
-    data = path.read_bytes()
-    for seed in range(8):
-        random = np.random.default_rng(seed)
-        damaged = bytearray(data)
-        for _ in range(random.integers(1, 4)):
-            at = int(random.integers(0 if seed % 2 else len(data) // 3, len(data) - 64))
-            damaged[at : at + 64] = random.bytes(int(random.integers(1, 64)))[:64].ljust(64, b"\0")
-        path.write_bytes(damaged)
-        check_damaged(path, caplog, threads=1 + seed % 3)
 
 
 def test_metadata_in_another_encoding_does_no_harm(tmp_path):

@@ -40,7 +40,7 @@ except ImportError:  # not a Unix: sweeps of several processes may overlap, whic
 logger = logging.getLogger(__name__)
 
 # What else decides on a frame's values; the first number is that of our own decoding.
-_VERSION = f"1 av {av.__version__} torch {torch.__version__} {torchvision.__version__} pillow {PIL.__version__}"
+_VERSION = f"2 av {av.__version__} torch {torch.__version__} {torchvision.__version__} pillow {PIL.__version__}"
 _SWEEP_SHARE = 256  # each process sweeps after it wrote this part of the limit
 _HIGH, _LOW = 0.9, 0.8  # shares of the limit: above the first, the oldest leave until the second is reached
 _LEFTOVER_SECONDS = 3600  # a file still being written is never as old
@@ -80,7 +80,7 @@ def frame_key(contents: list[str], file: VideoFile | None, plan: FramePlan) -> s
         contents: hashes of the file, or of the pictures of the plan in order.
         file: how it is decoded; None for pictures.
     """
-    how = None if file is None else (file.orientation, file.counted)
+    how = None if file is None else (file.orientation, file.positions)
     return xxhash.xxh3_128_hexdigest(repr((_VERSION, contents, how, plan)).encode())
 
 
@@ -238,7 +238,8 @@ class FrameCache:
             facts = known["file"]
             info = ClipInfo(**{**facts["info"], "times": tuple(facts["info"]["times"])})
             orientation = Orientation(**facts["orientation"])
-            return VideoFile(**{**facts, "info": info, "orientation": orientation, "stamp": stamp})
+            known = {"info": info, "orientation": orientation, "stamp": stamp, "positions": tuple(facts["positions"])}
+            return VideoFile(**{**facts, **known})
         except (OSError, ValueError, KeyError, TypeError):
             return None
 

@@ -134,7 +134,7 @@ class ClipReader:
                     assert file is not None  # pictures have nothing to disagree with
                     if isinstance(clip.path, str) and file_stamp(clip.path) != file.stamp:
                         file = self._file(clip)
-                    elif file.counted:
+                    elif file.positions:
                         raise ClipError(f"decodes differently each time ({error}); is it damaged?") from error
                     else:
                         file = self._count(clip, file)

@@ -4,24 +4,28 @@ A file is decoded from a key frame on, and only as far as wanted frames need it.
 that no other frame refers to are left out: in usual H.264 and H.265 files that is up to half of them.
 """
 
+import bisect
 import functools
 import os
 import queue
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import BinaryIO, TypeVar
 
 import av
 import numpy as np
 import torch
+from av.codec.context import Flags
+from av.video.frame import PictureType
 from PIL import Image
 from torchvision.transforms import functional as float_transforms
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
+from .codecs import FrameNumbers, reference_test
 from .probe import (
     ClipError,
     Orientation,
@@ -37,6 +41,8 @@ from .sampling import FramePlan
 
 Result = TypeVar("Result")
 
+# A decoder that says what is damaged, in place of a picture that it made up.
+_STRICTLY = {"err_detect": "explode"}
 # Passing over this many packets by reading them costs about as much as a seek.
 _SEEK_GAP = 100
 
@@ -95,11 +101,10 @@ def decode_frames(
             stream = video_stream(container)
             stream.thread_type = "AUTO"
             stream.codec_context.thread_count = threads
-            if not file.counted:  # what stands in for a damaged part depends on the frames that are left out
-                stream.codec_context.options |= {"err_detect": "explode"}
+            stream.codec_context.options |= _STRICTLY
             for index, frame in find(container, stream, tick):
                 if index in places:
-                    if not file.counted or index == 0:
+                    if not file.positions or index == 0:
                         _check_frame(frame, file)
                     picture = file.orientation.apply(frame.to_ndarray(format="rgb24"))
                     shown[places.pop(index)] = resize_frame(picture, plan)
@@ -107,8 +112,9 @@ def decode_frames(
                         return
 
     try:
-        if file.counted:  # damaged pictures come out alike only in one thread
-            read(functools.partial(_by_order, tolerant=True), 1)
+        if file.positions:  # what a decoder says of damage is alike each time only in one thread
+            numbers = {position: number for number, position in enumerate(file.positions)}
+            read(functools.partial(_by_position, numbers=numbers), 1)
         else:
             packets = known_packets(source, file.stamp)
             if packets is None:
@@ -116,8 +122,10 @@ def decode_frames(
                     packets = packets_of(source, file.stamp, container, video_stream(container))
             if packets.num_frames != file.info.num_frames:
                 raise DisagreementError("has other packets than when it was probed")
+            if packets.torn:
+                raise DisagreementError("some of its packets are damaged")
             if packets.in_order:
-                read(functools.partial(_by_order, tolerant=False), threads)
+                read(_by_order, threads)
             else:
                 wanted = sorted(places)
                 shares = _shares(_runs(packets, packets.position[wanted]), threads if isinstance(source, str) else 1)
@@ -199,42 +207,118 @@ def _shares(runs: list[tuple[int, int]], count: int) -> list[list[tuple[int, int
 
 
 def count_by_decoding(source: str | BinaryIO, file: VideoFile, timeout: float | None = None) -> VideoFile:
-    """Decode a whole file, past its errors, and describe what came out.
+    """Decode a whole file, past its errors, and describe the frames that came out whole.
 
     Raises:
-        ClipError: if nothing did.
+        ClipError: if none did.
     """
-    seconds: list[float] = []
+    out: list[tuple[int, bool]] = []
+    stamps: list[int | None] = []  # of these frames
+    sent: list[tuple[int | None, int | None]] = []  # time stamps of presentation and of decoding of the packets
+    damaged: set[int] = set()
     first = None
     try:
         with open_container(source, timeout) as container:
             stream = video_stream(container)
             stream.codec_context.thread_count = 1
-            for index, frame in _by_order(container, stream, _deadline(timeout), tolerant=True):
-                if first is None:
-                    first = frame
-                stamp = frame.pts if frame.pts is not None else frame.dts
-                rate = float(stream.average_rate or stream.guessed_rate or 1)
-                seconds.append(index / rate if stamp is None else float(stamp * frame.time_base))
-            if first is None:
+            stream.codec_context.options |= _STRICTLY
+            for packet, frames, failed in _tolerantly(container, stream, _deadline(timeout)):
+                if packet is not None and packet.size:
+                    sent.append((packet.pts, packet.dts))
+                if failed:
+                    damaged.add(len(sent) - 1)
+                for frame in frames:
+                    if frame.opaque is None:  # H.264's stand-in for one that is missing
+                        continue
+                    (position,) = frame.opaque
+                    if frame.is_corrupt:
+                        damaged.add(position)
+                        continue
+                    first = first or frame
+                    out.append((position, frame.key_frame and frame.pict_type == PictureType.I))
+                    stamps.append(frame.pts if frame.pts is not None else frame.dts)
+            positions = [position for position, _ in out]
+            if container.format.name == "avi" and positions == sorted(positions):
+                stamps = [
+                    sent[position][1] for position in positions
+                ]  # a frame's own are made up, from damaged ones too
+            if None in stamps:
+                tick = 1 / (stream.average_rate or stream.guessed_rate or 1)
+                stamps = positions
+            else:
+                tick = stream.time_base
+            seconds = [float(stamp * tick) for stamp in stamps]
+            chosen = whole_frames(out, sorted(damaged), [pts for pts, _ in sent])
+            chosen = [chosen[i] for i in _increasing([seconds[i] for i in chosen])]
+            if not chosen:
                 raise ClipError("no frame of it can be decoded; the file is damaged")
             orientation, size = _orientation(first), (first.height, first.width)
-            info = describe(stream, np.maximum.accumulate(np.array(seconds)), orientation, size)
+            info = describe(stream, np.array([seconds[i] for i in chosen]), orientation, size)
+            total = max(len(sent), stream.frames if "mp4" in container.format.name else 0, file.info.num_frames)
     except av.FFmpegError as error:
         raise ClipError(f"cannot be decoded ({error.strerror})") from error
-    lost = file.info.num_frames - info.num_frames
-    note = file.note
-    if lost > 0:
-        note = f"damaged: {info.num_frames} of {file.info.num_frames} frames can be decoded, {lost} are lost"
+    note, lost = file.note, total - len(chosen)
+    if damaged or len(chosen) < file.info.num_frames:
+        note = f"damaged: {len(chosen)} of {total} frames can be shown; {lost} are damaged, or are decoded from damaged ones"
     return replace(
         file,
         info=info,
         height=size[0],
         width=size[1],
         orientation=orientation,
-        counted=True,
+        positions=tuple(positions[i] for i in chosen),
         note=note,
     )
+
+
+def whole_frames(
+    frames: Sequence[tuple[int, bool]], damaged: Sequence[int], stamps: Sequence[int | None]
+) -> list[int]:
+    """Which frames are what their file meant to show: nothing is damaged between each and the key frame before it.
+
+    Args:
+        frames: the position of each one's packet in decoding order, and whether decoding can begin with it.
+        damaged: positions of packets that are damaged, or before which some are missing, sorted.
+        stamps: presentation time stamps of all packets, or None.
+
+    Returns:
+        Numbers of the whole ones in `frames`, sorted.
+    """
+
+    def leads(position: int, key: int) -> bool:
+        """Whether it comes after a key frame in the file and before it on the screen; then it refers to both sides."""
+        return key >= 0 and None not in (stamps[position], stamps[key]) and stamps[position] < stamps[key]
+
+    broken = set(damaged)
+    keys = [-1, *sorted(position for position, is_key in frames if is_key and position not in broken)]
+    whole = []
+    for number, (position, _) in enumerate(frames):
+        at = bisect.bisect_right(keys, position) - 1
+        if leads(position, keys[at]):
+            begin, leading_count = keys[at - 1], True
+        else:
+            begin, leading_count = keys[at], False
+        since = damaged[bisect.bisect_right(damaged, begin) : bisect.bisect_right(damaged, position)]
+        # Frames on the screen before their key frame are no one's reference after it.
+        if not any(leading_count or not leads(one, keys[at]) for one in since):
+            whole.append(number)
+    return whole
+
+
+def _increasing(seconds: Sequence[float]) -> list[int]:
+    """Numbers of the most times that increase one after the other; damaged time stamps stand out of line."""
+    ends: list[float] = []  # the least last time of a chain of each length, and the number that has it
+    numbers: list[int] = []
+    previous: list[int] = []
+    for number, second in enumerate(seconds):
+        at = bisect.bisect_left(ends, second)
+        previous.append(numbers[at - 1] if at else -1)
+        ends[at:], numbers[at:] = [second, *ends[at + 1 :]], [number, *numbers[at + 1 :]]
+    chain, number = [], numbers[-1] if numbers else -1
+    while number >= 0:
+        chain.append(number)
+        number = previous[number]
+    return chain[::-1]
 
 
 def _deadline(timeout: float | None) -> Callable[[], None]:
@@ -261,33 +345,67 @@ def _check_frame(frame: av.VideoFrame, file: VideoFile) -> None:
 
 
 def _by_order(
-    container: av.container.InputContainer, stream: av.VideoStream, tick: Callable[[], None], tolerant: bool
+    container: av.container.InputContainer, stream: av.VideoStream, tick: Callable[[], None]
 ) -> Iterator[tuple[int, av.VideoFrame]]:
-    """All frames with their number in the order in which they come out.
-
-    Args:
-        tolerant: pass over what cannot be decoded and frames that came out damaged.
-    """
+    """All frames with their number in the order in which they come out."""
     number = 0
-    demuxer = container.demux(stream)
+    frame_numbers = FrameNumbers(stream)
+    for packet in container.demux(stream):
+        tick()
+        if frame_numbers.gap(packet):
+            raise DisagreementError(f"frames before frame {number} are missing")
+        for frame in stream.decode(packet):
+            if frame.is_corrupt:
+                raise DisagreementError(f"frame {number} is damaged")
+            yield number, frame
+            number += 1
+
+
+def _tolerantly(
+    container: av.container.InputContainer, stream: av.VideoStream, tick: Callable[[], None]
+) -> Iterator[tuple[av.Packet | None, list[av.VideoFrame], bool]]:
+    """All packets, past errors, each with the frames that came out, and whether it is damaged.
+
+    A frame's `opaque` is a list of one: the position of its packet. Positions count from 0 in decoding order.
+    """
+    stream.codec_context.flags |= Flags.copy_opaque
+    frame_numbers = FrameNumbers(stream)
+    demuxer, position, torn = container.demux(stream), -1, False
     while True:
         tick()
+        packet, frames, failed = None, [], False
         try:
             packet = next(demuxer)
+            if packet.size:
+                position += 1
+                packet.opaque = [
+                    position
+                ]  # a list, because PyAV 16 takes equal numbers for one object, freed with the first
+                # A transport stream's gap is told with the frame that was under way, which may be the one before.
+                failed = packet.is_corrupt or torn or frame_numbers.gap(packet)
+                torn = packet.is_corrupt
             frames = stream.decode(packet)
         except StopIteration:
             return
         except av.FFmpegError:
-            if not tolerant:
-                raise
-            frames = []
+            failed = True
+        yield packet, frames, failed
+
+
+def _by_position(
+    container: av.container.InputContainer,
+    stream: av.VideoStream,
+    tick: Callable[[], None],
+    numbers: dict[int, int],
+) -> Iterator[tuple[int, av.VideoFrame]]:
+    """Frames of a damaged file with their numbers; `numbers` has those of the whole ones, by their packet's position."""
+    for _, frames, _ in _tolerantly(container, stream, tick):
         for frame in frames:
-            if frame.is_corrupt:
-                if tolerant:
-                    continue
-                raise DisagreementError(f"frame {number} is damaged")
-            yield number, frame
-            number += 1
+            number = numbers.get(frame.opaque[0]) if frame.opaque else None
+            if number is not None:
+                if frame.is_corrupt:
+                    raise DisagreementError(f"frame {number} is damaged")
+                yield number, frame
 
 
 def _by_time(
@@ -310,16 +428,18 @@ def _by_time(
         SeekError: if a key frame cannot be found by seeking.
     """
     numbers = dict(zip(packets.pts[packets.position[wanted]].tolist(), wanted, strict=True))
-    refers = _reference_test(stream)
+    refers, frame_numbers = reference_test(stream), FrameNumbers(stream)
     demuxer, position = container.demux(stream), 0  # position: of the next packet
     for begin, end in runs:
         if position != begin:
             if position:
                 yield from _named(stream.decode(None), numbers)
                 stream.codec_context.flush_buffers()
+                frame_numbers.restart()
             if seeks and begin - position >= _SEEK_GAP:
                 demuxer, packet, position = _seek(container, stream, packets, begin)
                 if position == begin:
+                    frame_numbers.gap(packet)
                     yield from _named(stream.decode(packet), numbers)
                 position += 1
         while position < end:
@@ -330,6 +450,8 @@ def _by_time(
                     raise DisagreementError("it ends before its last wanted frame")
                 continue
             if position >= begin and (packet.pts in numbers or refers(packet)):
+                if frame_numbers.gap(packet):
+                    raise DisagreementError("frames between those of its packets are missing")
                 yield from _named(stream.decode(packet), numbers)
             position += 1
     yield from _named(stream.decode(None), numbers)
@@ -379,66 +501,3 @@ def _named(frames: list[av.VideoFrame], numbers: dict[int, int]) -> Iterator[tup
             if frame.is_corrupt:
                 raise DisagreementError(f"frame {numbers[frame.pts]} is damaged")
             yield numbers[frame.pts], frame
-
-
-def _reference_test(stream: av.VideoStream) -> Callable[[av.Packet], bool]:
-    """Whether other frames may refer to a packet's frame; True wherever its first bytes do not rule it out.
-
-    Read are nal_ref_idc (ITU-T H.264, 7.4.1), sub-layer non-reference types of the highest sub-layer (H.265, 7.4.2.2)
-    and B pictures of MPEG-4 part 2 and MPEG-2.
-    """
-    codec, extra = stream.codec_context.name, stream.codec_context.extradata or b""
-    packed = extra[:1] == b"\1"  # MP4 and Matroska put a unit's length before it, others a start code
-    if codec == "h264":
-        length = (extra[4] & 3) + 1 if packed and len(extra) > 4 else 0
-
-        def refers(unit: bytes) -> bool | None:
-            kind = unit[0] & 31
-            return bool(unit[0] >> 5 & 3) if 1 <= kind <= 5 else (True if kind in (7, 8, 13, 15) else None)
-    elif codec == "hevc" and packed and len(extra) > 21:
-        length, layers = (extra[21] & 3) + 1, extra[21] >> 3 & 7
-
-        def refers(unit: bytes) -> bool | None:
-            kind, layer = unit[0] >> 1 & 63, (unit[1] & 7) - 1
-            if kind < 32:
-                return not (kind < 16 and kind % 2 == 0 and layer == layers - 1)
-            return True if kind <= 34 else None
-    elif codec == "mpeg4":
-        length = 0
-
-        def refers(unit: bytes) -> bool | None:
-            return unit[1] >> 6 != 2 if unit[0] == 0xB6 else None
-    elif codec == "mpeg2video":
-        length = 0
-
-        def refers(unit: bytes) -> bool | None:
-            return unit[2] >> 3 & 7 != 3 if unit[0] == 0 else None
-    else:
-        return lambda packet: True
-
-    def any_refers(packet: av.Packet) -> bool:
-        found = [said for unit in _units(bytes(packet), length) if (said := refers(unit)) is not None]
-        return any(found) or not found or (codec == "mpeg4" and len(found) > 1)  # some AVIs pack two into one
-
-    return any_refers
-
-
-def _units(data: bytes, length: int) -> Iterator[bytes]:
-    """The first bytes of each unit of a packet.
-
-    Args:
-        length: bytes of the length that stands before each unit; 0: a start code 00 00 01 does.
-    """
-    at = 0
-    while True:
-        if length:
-            unit = at + length
-            at = unit + int.from_bytes(data[at:unit])
-        else:
-            unit = data.find(b"\0\0\1", at) + 3
-            at = unit
-            if unit < 3:
-                return
-        if unit + 3 > len(data):
-            return
-        yield data[unit : unit + 3]

@@ -67,7 +67,8 @@ class VideoFile:
         info: what is shown of it.
         height, width: of its stored frames, in pixels.
         orientation: how they are turned.
-        counted: `info` comes from decoding, since packets told it wrong or the file is damaged.
+        positions: of the packets of the frames that are shown, in order of presentation, where packets told them wrong
+            or the file is damaged and all of it was decoded; else empty.
         note: how much of it is lost, for a person; "" if nothing is.
         stamp: size in bytes and time of the last change in ns, as the file was when probed.
         content: a hash of its content, once it was needed.
@@ -77,7 +78,7 @@ class VideoFile:
     height: int
     width: int
     orientation: Orientation = Orientation()
-    counted: bool = False
+    positions: tuple[int, ...] = ()
     note: str = ""
     stamp: tuple[int, int] = (0, 0)
     content: str = ""
@@ -94,6 +95,7 @@ class Packets:
         seconds: presentation times of the frames that are shown, sorted, (frames,) float64.
         in_order: time stamps are missing, wrong or not unique, so frames are told apart by their order alone.
         lost: why some packets are missing, or "".
+        torn: others follow where some are missing.
     """
 
     pts: np.ndarray
@@ -102,6 +104,7 @@ class Packets:
     seconds: np.ndarray
     in_order: bool
     lost: str = ""
+    torn: bool = False
 
     @property
     def num_frames(self) -> int:
@@ -188,14 +191,14 @@ def video_stream(container: av.container.InputContainer) -> av.VideoStream:
 
 
 def _scan(container: av.container.InputContainer, stream: av.VideoStream) -> Packets:
-    pts, dts, keys, shown, lost = [], [], [], [], ""
+    pts, dts, keys, shown, corrupt, lost = [], [], [], [], [], ""
     hides = stream.codec_context.name == "vp8"  # some of its frames are not shown: the fifth bit of the first byte
     try:
         for packet in container.demux(stream):
             if not packet.size:
                 continue
             if packet.is_corrupt:
-                lost = "it ends in the middle of a frame"
+                corrupt.append(len(pts))
             pts.append(packet.pts)
             dts.append(packet.dts)
             keys.append(packet.is_keyframe)
@@ -203,6 +206,9 @@ def _scan(container: av.container.InputContainer, stream: av.VideoStream) -> Pac
             shown.append(not (packet.is_discard or packet.is_corrupt or hidden))
     except av.FFmpegError as error:
         lost = f"it cannot be read to its end ({error.strerror})"
+    torn = bool(corrupt) and corrupt[0] < len(pts) - 1
+    if corrupt and not lost:
+        lost = "some of its packets are damaged" if torn else "it ends in the middle of a frame"
     if not any(shown):
         raise ClipError("holds no video frames" + (f"; {lost}" if lost else ""))
     if not lost and stream.frames > len(pts) and "mp4" in container.format.name:  # AVI counts frames left out too
@@ -217,7 +223,7 @@ def _scan(container: av.container.InputContainer, stream: av.VideoStream) -> Pac
     invented = container.format.name == "avi" and stream.codec_context.name in ("h264", "hevc")
     in_order = None in pts or len(set(visible)) < len(visible) or invented
     array = np.array([0 if stamp is None else stamp for stamp in pts], np.int64)
-    return Packets(array, np.array(keys), np.array(shown), seconds, in_order, lost)
+    return Packets(array, np.array(keys), np.array(shown), seconds, in_order, lost, torn)
 
 
 def known_packets(source: str | BinaryIO, stamp: tuple[int, int]) -> Packets | None:
