@@ -173,7 +173,10 @@ def test_the_cache_is_built_once_and_used_by_training(home):
     assert "holds 0 clips" in run("lmf-video", "cache", "info", file).stdout
     assert "cache build needs a recipe" in run("lmf-video", "cache", "build").stderr
     assert "video_cache is false" in run("lmf-video", "cache", "build", file, "video_cache=false").stderr
-    assert "video_cache_gb is 0" in run("lmf-video", "cache", "build", file, "video_cache_gb=0").stderr
+    assert (
+        "video_cache_gb must be a number above 0; found 0"
+        in run("lmf-video", "cache", "build", file, "video_cache_gb=0").stderr
+    )
 
 
 def test_check_tells_what_training_would_see(home):

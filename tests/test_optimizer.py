@@ -393,7 +393,7 @@ def test_optimizers_without_rates_by_module_are_refused_or_left_alone(load):
             "vision_tower_lr.*finetuning_type: freeze",
         ),
         ({"vision_tower_lr": VISION, "learning_rate": 0}, "learning_rate is 0.*freeze_language_model"),
-        ({"mm_projector_lr": -1e-5}, "mm_projector_lr is -1e-05"),
+        ({"mm_projector_lr": -1e-5}, "mm_projector_lr must be a number of at least 0; found -1e-05"),
     ],
 )
 def test_a_rate_that_cannot_be_applied_is_an_error(load, keys, said):

@@ -245,7 +245,7 @@ def test_llamafactorys_dialect_shows_what_llamafactory_shows(clip, picture, tmp_
     image_keys = {"image_min_pixels": 1024, "image_max_pixels": 9000}
     others = dict.fromkeys(["image_do_pan_and_scan", "crop_to_patches", "use_audio_in_video"], False)
     stock_processor = build_processor()
-    arguments = SimpleNamespace(**keys, **image_keys, **others, audio_sampling_rate=16000)
+    arguments = SimpleNamespace(**keys, **image_keys, **others, audio_sampling_rate=16000, video_template=False)
     patch_processor(stock_processor, stock_processor.tokenizer, arguments)
     stock = get_mm_plugin("qwen3_vl", image_token="<|image_pad|>", video_token="<|video_pad|>")
 

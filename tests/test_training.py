@@ -436,8 +436,11 @@ def test_what_is_frozen_stands_in_the_table(keys, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"vision_tower_lr": "2e-6x"}, "vision_tower_lr is 2e-6x; a learning rate is a number"),
-        ({"mm_projector_lr": -1e-6}, "mm_projector_lr is -1e-06; a learning rate is a number, 0 or above"),
+        (
+            {"vision_tower_lr": "2e-6x"},
+            'vision_tower_lr must be a number of at least 0; found the text "2e-6x"; YAML takes 1e-6',
+        ),
+        ({"mm_projector_lr": -1e-6}, "mm_projector_lr must be a number of at least 0; found -1e-06$"),
         ({"freeze_vision_tower": True}, "vision_tower_lr is given, but no parameter of the vision_tower trains"),
     ],
 )

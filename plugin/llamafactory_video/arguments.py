@@ -5,9 +5,9 @@ Each class is mixed into LLaMA-Factory's dataclass of the same kind (hooks.py), 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .video.cache import GIB, FrameCache, default_folder
 from .video.sampling import Sampling, SamplingError
@@ -15,7 +15,7 @@ from .video.sampling import Sampling, SamplingError
 _LEAST_CACHE = 1 * GIB  # below it, a cache that nobody asked for is not worth its place
 
 # LLaMA-Factory's own defaults, for keys whose default here is None so that "not given" can be told apart.
-_LLAMAFACTORY_DEFAULTS = {
+LLAMAFACTORY_DEFAULTS = {
     "video_fps": 2.0,
     "video_maxlen": 128,
     "video_min_pixels": 16 * 16,
@@ -23,6 +23,52 @@ _LLAMAFACTORY_DEFAULTS = {
     "image_min_pixels": 32 * 32,
     "image_max_pixels": 768 * 768,
 }
+
+
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+# Of numbers that have a least value: it, and whether it is allowed itself.
+_LEAST = {
+    "video_timeout": (0, False),
+    "video_cache_gb": (0, False),
+    "video_remote_gb": (0, False),
+    "answer_json_indent": (0, True),
+    "vision_tower_lr": (0, True),
+    "mm_projector_lr": (0, True),
+}
+
+
+def check_keys(keys: Any, cls: type) -> None:
+    """Raise ValueError for a key of `cls` whose value is of another type, none of those known or too small.
+
+    Nothing is converted on the way from YAML, JSON or Python to here.
+    """
+    hints = get_type_hints(cls)  # not the fields' types, which the parser of the command line rewrites
+    for name in (f.name for f in fields(cls) if f.init):
+        value, hint = getattr(keys, name), hints[name]
+        options = get_args(hint) or (hint,)
+        if value is None and type(None) in options:
+            continue
+        found, advice = str(value), ""
+        if isinstance(value, str):
+            found = f'the text "{value}"'
+        elif isinstance(value, bool):
+            found = str(value).lower()
+        if get_origin(hint) is Literal:
+            wanted, right = f"one of {', '.join(options)}", value in options
+        else:
+            kind = options[0]
+            wanted = _KINDS[kind]
+            right = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (
+                kind is bool
+            )
+            if name in _LEAST:
+                least, itself = _LEAST[name]
+                wanted += f" {'of at least' if itself else 'above'} {least}"
+                right = right and (value > least or (itself and value == least))
+            if kind is float and isinstance(value, str):
+                advice = "; YAML takes 1e-6 for a text and 1.0e-6 for a number"
+        if not right:
+            raise ValueError(f"{name} must be {wanted}; found {found}{advice}")
 
 
 @dataclass
@@ -75,6 +121,9 @@ class VideoModelKeys:
     video_timeout: float = field(
         default=300.0, metadata={"help": "Seconds after which reading a clip is given up, with an error naming it."}
     )
+    video_remote_gb: float = field(
+        default=2.0, metadata={"help": "The most that a clip may have which the API is given by address, in GiB."}
+    )
     image_min_pixels: int | None = field(default=None, metadata={"help": "The least number of pixels of an image."})
     image_max_pixels: int | None = field(default=None, metadata={"help": "The greatest number of pixels of an image."})
     # Not keys: what parsing finds out. As fields they go along when LLaMA-Factory copies these arguments.
@@ -82,7 +131,12 @@ class VideoModelKeys:
     video_template: bool = field(init=False, default=False)
 
     def take_video_keys(self) -> None:
-        """Remember which keys were given, then fill the others so that LLaMA-Factory's own code finds numbers."""
+        """Remember which keys were given, then fill the others so that LLaMA-Factory's own code finds numbers.
+
+        Raises:
+            ValueError: if a value is of another type, or contradicts another.
+        """
+        check_keys(self, VideoModelKeys)
         if None not in (self.video_max_frames, self.video_maxlen) and self.video_max_frames != self.video_maxlen:
             raise ValueError(
                 f"video_max_frames is {self.video_max_frames} and video_maxlen {self.video_maxlen}; "
@@ -90,11 +144,9 @@ class VideoModelKeys:
             )
         if self.video_maxlen is None:
             self.video_maxlen = self.video_max_frames
-        if not self.video_timeout > 0:
-            raise ValueError(f"video_timeout is {self.video_timeout}; it must be above 0 seconds")
-        names = [*_LLAMAFACTORY_DEFAULTS, "video_min_frames", "video_total_pixels"]
+        names = [*LLAMAFACTORY_DEFAULTS, "video_min_frames", "video_total_pixels"]
         self.given_video_keys = {n: getattr(self, n) for n in names if getattr(self, n) is not None}
-        for name, default in _LLAMAFACTORY_DEFAULTS.items():
+        for name, default in LLAMAFACTORY_DEFAULTS.items():
             if getattr(self, name) is None:
                 setattr(self, name, default)
         for kind in ("video", "image"):  # a default must not contradict what was given
@@ -196,14 +248,14 @@ def resolve_sampling(dialect: str, given: dict[str, Any], video_processor: Any, 
             )
         defaults = Sampling(dialect, min_pixels=None, max_pixels=None, image_bounds=tuple(bounds), **patches)
     else:
-        bounds = [given.get(key, _LLAMAFACTORY_DEFAULTS[key]) for key in ("image_min_pixels", "image_max_pixels")]
+        bounds = [given.get(key, LLAMAFACTORY_DEFAULTS[key]) for key in ("image_min_pixels", "image_max_pixels")]
         defaults = Sampling(
             dialect,
-            fps=_LLAMAFACTORY_DEFAULTS["video_fps"],
+            fps=LLAMAFACTORY_DEFAULTS["video_fps"],
             min_frames=1,
-            max_frames=_LLAMAFACTORY_DEFAULTS["video_maxlen"],
-            min_pixels=_LLAMAFACTORY_DEFAULTS["video_min_pixels"],
-            max_pixels=_LLAMAFACTORY_DEFAULTS["video_max_pixels"],
+            max_frames=LLAMAFACTORY_DEFAULTS["video_maxlen"],
+            min_pixels=LLAMAFACTORY_DEFAULTS["video_min_pixels"],
+            max_pixels=LLAMAFACTORY_DEFAULTS["video_max_pixels"],
             image_bounds=tuple(bounds),
             **patches,
             **processor_bounds,
@@ -227,14 +279,9 @@ def frame_cache(keys: VideoModelKeys, log: Callable[[str], None]) -> FrameCache 
 
     Args:
         log: takes a line for the person who runs this.
-
-    Raises:
-        ValueError: if its size is out of range.
     """
     if not keys.video_cache:
         return None
-    if keys.video_cache_gb is not None and not keys.video_cache_gb > 0:
-        raise ValueError(f"video_cache_gb is {keys.video_cache_gb}; it must be above 0; `video_cache: false` is off")
     without = (
         "Frame cache: off, since {}. Every clip is decoded in every epoch. `video_cache_dir` names another place."
     )

@@ -38,7 +38,7 @@ def _hparams_parser(parser: ModuleType) -> None:
     """The YAML keys of arguments.py, and a check that they go with the template."""
     from dataclasses import dataclass
 
-    from .arguments import VideoDataKeys, VideoFinetuningKeys, VideoModelKeys
+    from .arguments import VideoDataKeys, VideoFinetuningKeys, VideoModelKeys, check_keys
 
     @dataclass
     class ModelArguments(VideoModelKeys, parser.ModelArguments):
@@ -48,11 +48,17 @@ def _hparams_parser(parser: ModuleType) -> None:
 
     @dataclass
     class DataArguments(VideoDataKeys, parser.DataArguments):
-        pass
+        def __post_init__(self) -> None:
+            check_keys(self, VideoDataKeys)
+            super().__post_init__()
 
     @dataclass
     class FinetuningArguments(VideoFinetuningKeys, parser.FinetuningArguments):
-        pass
+        def __post_init__(self) -> None:
+            if self.gradient_check is False:  # what YAML makes of the word off
+                self.gradient_check = "off"
+            check_keys(self, VideoFinetuningKeys)
+            super().__post_init__()
 
     extended = {
         parser.ModelArguments: ModelArguments,
@@ -65,11 +71,24 @@ def _hparams_parser(parser: ModuleType) -> None:
     for cls in extended.values():
         _replace(parser, cls.__name__, cls)
 
+    environment: dict[str, str | None] = {}  # what variables were before a parse set them
+
     def checked(parse: Callable) -> Callable:
         def parse_and_check(args: Any = None) -> tuple:
+            for name, value in environment.items():  # a run before this one in the same process, in a notebook say
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
+            environment.clear()
+            before = dict(os.environ)
             if isinstance(args, dict):
                 _prepare_fsdp(args)
             parsed = parse(args)
+            if parsed[1].template in (TEMPLATE, THINKING_TEMPLATE):
+                changed = [
+                    name for name in os.environ if name.startswith(_FSDP) and os.environ[name] != before.get(name)
+                ]
+                environment.update({name: before.get(name) for name in changed})
             finetuning_args = next(p for p in parsed if hasattr(p, "finetuning_type"))
             parsed[0].video_template = finetuning_args.video_template = parsed[1].template in (
                 TEMPLATE,
@@ -77,6 +96,11 @@ def _hparams_parser(parser: ModuleType) -> None:
             )
             _check_keys_fit_template(parsed[0], parsed[1], finetuning_args)
             for training_args in (p for p in parsed if hasattr(p, "do_train")):
+                if finetuning_args.video_template and finetuning_args.stage != "sft":
+                    raise ValueError(
+                        f"stage: {finetuning_args.stage} does not go with template {parsed[1].template}, which trains "
+                        "with `stage: sft`; for other stages LLaMA-Factory has its own template qwen3_vl"
+                    )
                 from .train.optimizer import check_deepspeed
 
                 # transformers asks nobody for an optimizer that DeepSpeed makes, so it is seen here.
@@ -103,6 +127,9 @@ def _hparams_parser(parser: ModuleType) -> None:
     _replace(parser, "get_last_checkpoint", get_last_checkpoint)
 
 
+_FSDP = ("FSDP_", "ACCELERATE_USE_FSDP")  # how variables begin that set up FSDP, by us or by transformers
+
+
 def _prepare_fsdp(args: dict[str, Any]) -> None:
     """What `accelerate launch` sets for FSDP, and LLaMA-Factory and accelerate read before they read the recipe."""
     if args.get("fsdp") and args.get("template") in (TEMPLATE, THINKING_TEMPLATE):
@@ -119,8 +146,10 @@ def _prepare_fsdp(args: dict[str, Any]) -> None:
 def _check_folders(logger: Any, model_args: Any, training_args: Any, finetuning_args: Any) -> None:
     """A folder that is missing is not asked of the hub; one that holds another run, or cannot be written, is said."""
     for path in (model_args.model_name_or_path, *(model_args.adapter_name_or_path or ())):
-        first = Path(path).parts[0]
-        is_local = path.startswith((".", "/", "~", "output/")) or path.count("/") > 1 or Path(first).is_dir()
+        if not path:
+            raise ValueError("model_name_or_path is empty; give the folder of a model, or the name of one on the hub")
+        # Qwen/Qwen3-VL-4B-Instruct is a name on the hub, also where there is a folder Qwen.
+        is_local = path.startswith((".", "/", "~", "output/")) or path.count("/") > 1
         if is_local and not Path(path).is_dir():
             raise ValueError(f"no folder {path}; give the folder of a model or adapter, or the name of one on the hub")
     if training_args is None:
@@ -157,20 +186,8 @@ def _check_folders(logger: Any, model_args: Any, training_args: Any, finetuning_
 
 
 def _check_keys_fit_template(model_args: Any, data_args: Any, finetuning_args: Any) -> None:
-    if finetuning_args.gradient_check is False:  # what YAML makes of the word off
-        finetuning_args.gradient_check = "off"
-    for name in ("vision_tower_lr", "mm_projector_lr"):
-        rate = getattr(finetuning_args, name)
-        if rate is not None and not (isinstance(rate, int | float) and rate >= 0):
-            raise ValueError(f"{name} is {rate}; a learning rate is a number, 0 or above")
-    words = {
-        "video_fit": (data_args.video_fit, ("error", "shrink")),
-        "loss_normalization": (finetuning_args.loss_normalization, ("tokens", "micro_batches")),
-        "gradient_check": (finetuning_args.gradient_check, ("error", "warn", "off")),
-    }
-    for name, (found, known) in words.items():
-        if found not in known:
-            raise ValueError(f"{name} is {found}; known are {', '.join(known)}")
+    from .arguments import LLAMAFACTORY_DEFAULTS
+
     if data_args.template in (TEMPLATE, THINKING_TEMPLATE):
         if data_args.packing and not data_args.neat_packing:
             raise ValueError("packing lets samples attend to each other; use `neat_packing: true` instead")
@@ -182,6 +199,12 @@ def _check_keys_fit_template(model_args: Any, data_args: Any, finetuning_args: A
                 f"video templates work with `infer_backend: huggingface`"
             )
         return
+    for kind in ("video", "image"):  # which our keys fit to each other, and LLaMA-Factory refuses
+        least, most = f"{kind}_min_pixels", f"{kind}_max_pixels"
+        if {least, most} & model_args.given_video_keys.keys() != {least, most}:
+            given = {**LLAMAFACTORY_DEFAULTS, **model_args.given_video_keys}
+            if given[least] > given[most]:
+                raise ValueError(f"`{most}` cannot be smaller than `{least}`.")
     ours = {
         "video_sampling": model_args.video_sampling != "llamafactory",
         "video_timestamps": model_args.video_timestamps != "pts",
@@ -272,6 +295,11 @@ def _data_loader(loader: ModuleType) -> None:
 
         from .data.loader import DatasetError, check_rows, load_conversations
 
+        if dataset_attr.ranking:
+            raise DatasetError(
+                f"{name}: a data set of formatting {FORMATTING} has no chosen and rejected answers; remove `ranking`, or "
+                "use formatting sharegpt with one of LLaMA-Factory's templates"
+            )
         options = {
             "keys": _record_keys(dataset_attr),
             "indent": data_args.answer_json_indent,
@@ -463,8 +491,6 @@ def _data_mm_plugin(mm_plugin: ModuleType) -> None:
 
             self._validate_input(processor, images, videos, audios)
             text = "".join(message["content"] for message in messages if message["role"] in (USER, TOOL))
-            if not images and not videos and (VIDEO_PLACEHOLDER in text or IMAGE_PLACEHOLDER in text):
-                return [dict(message) for message in messages]  # a text about tags, not a place for a clip
             for mark, given in ((VIDEO_PLACEHOLDER, videos), (IMAGE_PLACEHOLDER, images)):
                 if text.count(mark) != len(given):
                     raise TemplateError(f"{text.count(mark)} {mark} in the messages and {len(given)} given with them")
@@ -605,6 +631,7 @@ def _model_patcher(patcher: ModuleType) -> None:
         stock(processor, tokenizer, model_args)
         if model_args.video_template and type(processor).__name__ == "Qwen3VLProcessor":
             from .arguments import apply_to_processor, frame_cache, take_trained_processors
+            from .video.cache import GIB
             from .video.clip import ClipReader
 
             if model_args.video_sampling == "qwen_finetune":
@@ -615,7 +642,9 @@ def _model_patcher(patcher: ModuleType) -> None:
             sampling = apply_to_processor(
                 model_args.video_sampling, model_args.given_video_keys, processor, model_args.video_timestamps
             )
-            processor.clip_reader = ClipReader(sampling, timeout=model_args.video_timeout)
+            processor.clip_reader = ClipReader(
+                sampling, timeout=model_args.video_timeout, remote=int(model_args.video_remote_gb * GIB)
+            )
             # The cache is made when a template of ours asks for the reader.
             processor.make_frame_cache = functools.partial(frame_cache, model_args, patcher.logger.info_rank0)
 

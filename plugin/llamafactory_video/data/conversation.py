@@ -16,7 +16,7 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from ..video.sampling import Sampling
@@ -183,13 +183,22 @@ class Clip:
         return json.dumps(given, ensure_ascii=False)
 
 
+@functools.lru_cache(maxsize=65536)
 def decode_clip(text: str) -> Clip:
-    """The clip that `Clip.encode` wrote."""
-    try:
-        given = json.loads(text) if text.startswith("{") else {"path": text}
-    except json.JSONDecodeError:  # a path typed into chat that begins with a brace
-        given = {"path": text}
-    return Clip(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
+    """The clip that `Clip.encode` wrote. A person may have written it too, into chat or a record of another format.
+
+    Raises:
+        ValueError: saying what is wrong with its settings.
+    """
+    given, problems = read_json(text) if text.startswith("{") else (None, ["a path"])
+    if problems:  # a path may begin with a brace, too
+        return Clip(path=text)
+    planned = given.pop("planned", None)
+    parser = _RecordParser(RecordKeys(), find=lambda path: path, indent=None)
+    clip = parser.clip(given, "clip")
+    if parser.problems:
+        raise ValueError("; ".join(map(str, parser.problems)))
+    return replace(clip, planned=planned)
 
 
 @dataclass(frozen=True)
@@ -260,6 +269,15 @@ def show(value: Any, limit: int = 60) -> str:
     """A value as it looks in an error message."""
     text = json_text(value) if isinstance(value, dict | list | str | bool | RawNumber | None) else repr(value)
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def is_text_items(value: Any) -> bool:
+    """Whether a value is OpenAI's list of text items and nothing else."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(i, dict) and i.keys() == {"type", "text"} and i["type"] == "text" for i in value)
+    )
 
 
 def strip_around_placeholders(text: str) -> str:
@@ -423,9 +441,9 @@ class _RecordParser:
                 self.wrong(where, show(item), 'an item {"type": "text"|"image"|"video", …} is needed')
         return text
 
-    def turn_text(self, role: str, value: Any, field: str, images: list, videos: list) -> str:
+    def turn_text(self, role: str, value: Any, field: str, key: str, images: list, videos: list) -> str:
         # Only OpenAI's `content` is a list of items; elsewhere an assistant's list is the answer itself.
-        as_items = isinstance(value, list) and field.endswith(".content")
+        as_items = isinstance(value, list) and (key == "content" or is_text_items(value))
         if as_items and role in (ASSISTANT, SYSTEM) and any(isinstance(i, dict) and "type" in i for i in value):
             texts = [item.get("text") if isinstance(item, dict) and item["type"] == "text" else None for item in value]
             if all(isinstance(text, str) for text in texts):
@@ -467,13 +485,13 @@ class _RecordParser:
             if turn.get("reasoning_content"):
                 self.wrong(f"{where}.reasoning_content", "a thought", "write it into the content: <think>…</think>…")
             if turn.get("tool_calls"):
-                said = self.turn_text(role, value, field, images, videos) if value else ""
+                said = self.turn_text(role, value, field, content_key, images, videos) if value else ""
                 role, field, value = (
                     FUNCTION,
                     f"{where}.tool_calls",
                     {"content": said, "tool_calls": turn["tool_calls"]},
                 )
-            text = self.turn_text(role, value, field, images, videos)
+            text = self.turn_text(role, value, field, content_key, images, videos)
             if not text.strip() and not any(problem.field == field for problem in self.problems):
                 self.wrong(field, "empty", "a text is needed")
             if role not in (USER, TOOL) and any(mark in text for mark in (IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER)):

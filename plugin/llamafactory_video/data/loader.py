@@ -30,18 +30,21 @@ import pyarrow as pa
 from jinja2 import TemplateError as JinjaError
 from tqdm import tqdm
 
-from .. import __version__
 from ..model.template import IGNORE_INDEX, TemplateError, encode_conversation
+from ..video.cache import code_digest
 from ..video.clip import ClipReader, as_clip, plan_digest, usable_cores
 from ..video.probe import ClipError
 from ..video.sampling import SHRINK_STAGES, FramePlan, SamplingError, most_tokens, shrink
 from .conversation import (
+    ASSISTANT,
+    FUNCTION,
     Clip,
     Conversation,
     Problem,
     RecordDecoder,
     RecordKeys,
     decode_clip,
+    is_text_items,
     parse_record,
     read_json,
 )
@@ -301,7 +304,8 @@ def to_row(conversation: Conversation, source: str) -> dict[str, Any]:
 
 
 def _cache_key(files: list[Path], settings: tuple) -> str:
-    facts = [__version__, repr(settings)]
+    # With another program, records may come out otherwise: what an earlier one made of them is not used.
+    facts = [code_digest(__name__, parse_record.__module__), repr(settings)]
     for file in files:
         stat = file.stat()
         facts.append(f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}")
@@ -394,8 +398,16 @@ def check_rows(
     """Check records that come from a hub, as JSON texts in a column `_record`; see `load_conversations`."""
     wrong, good, find = WrongRecords(), [], MediaFinder(media_dir)
     for number, row in enumerate(rows, start=1):
-        record = RawRecord(Path(name), number, 0, read_json(row["_record"])[0])
-        conversation, problems = parse_record(record.value, find, keys, indent)
+        value, wrong_json = read_json(row["_record"])
+        record = RawRecord(Path(name), number, 0, value)
+        conversation, problems = parse_record(value, find, keys, indent)
+        problems += [Problem("record", text, "one JSON object is needed") for text in wrong_json]
+        if merged := _merged_objects(value, keys):
+            raise DatasetError(
+                f"{name}: {merged} holds objects. A hub's table gives those of all records the same keys and fills the "
+                "rest with null, so they are not what was written. Write them as JSON text, or download the files and "
+                "register them with `file_name`"
+            )
         if problems:
             wrong.add(record, problems)
         else:
@@ -403,6 +415,27 @@ def check_rows(
             good.append(to_row(conversation, record.place))
     _report(wrong, Path(name), len(rows), skip_wrong, name, report_dir, log)
     return datasets.Dataset.from_list(good, features=FEATURES)
+
+
+def _merged_objects(record: Any, keys: RecordKeys) -> str | None:
+    """The field of a hub's record in which an answer or a tool is an object."""
+
+    def holds_object(value: Any) -> bool:
+        return isinstance(value, dict) or (isinstance(value, list) and any(map(holds_object, value)))
+
+    for name in keys.tools:
+        if holds_object(record.get(name)):
+            return name
+    roles = dict(keys.roles)
+    for name in keys.messages:
+        for turn in record.get(name) or ():
+            role = next((roles.get(turn.get(key)) for key in keys.role if turn.get(key)), None)
+            if role in (ASSISTANT, FUNCTION):
+                for key in keys.content:
+                    value = turn.get(key)
+                    if holds_object(value) and not is_text_items(value):
+                        return f"{name}, {key} of an answer,"
+    return None
 
 
 def _remove_leftovers(folder: Path) -> None:

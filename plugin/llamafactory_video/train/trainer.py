@@ -94,11 +94,11 @@ class VideoTrainer(Trainer):
             reduction="none",
             label_smoothing=self.args.label_smoothing_factor,
         )
-        if self.model.training:
-            return losses.sum() / num_items_in_batch
+        if self.model.training:  # of a step without a supervised token, 0
+            return losses.sum() / torch.as_tensor(num_items_in_batch).clamp(min=1)
         rows = torch.stack([losses.view_as(targets).sum(1), targets.ne(IGNORE_INDEX).sum(1)], dim=1)
         self._evaluated.append(self.accelerator.gather_for_metrics(rows.detach()))
-        return rows[:, 0].sum() / rows[:, 1].sum()
+        return rows[:, 0].sum() / rows[:, 1].sum().clamp(min=1)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """The loss is the mean over all supervised tokens; transformers' is a mean over batches."""
@@ -106,6 +106,10 @@ class VideoTrainer(Trainer):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self._evaluated:
             loss, tokens = torch.cat(self._evaluated).double().sum(0).tolist()
+            if not tokens:
+                raise ValueError(
+                    "the evaluation set holds no supervised token, so it has no loss; look at its answers"
+                )
             output.metrics[f"{metric_key_prefix}_loss"] = loss / tokens
         return output
 

@@ -11,6 +11,8 @@ else reads, writes or is killed. A visual token takes 6144 bytes. No file is tou
 import contextlib
 import errno
 import functools
+import importlib
+import inspect
 import json
 import logging
 import os
@@ -40,7 +42,7 @@ except ImportError:  # not a Unix: sweeps of several processes may overlap, whic
 logger = logging.getLogger(__name__)
 
 # What else decides on a frame's values; the first number is that of our own decoding.
-_VERSION = f"2 av {av.__version__} torch {torch.__version__} {torchvision.__version__} pillow {PIL.__version__}"
+_LIBRARIES = f"av {av.__version__} torch {torch.__version__} {torchvision.__version__} pillow {PIL.__version__}"
 _SWEEP_SHARE = 256  # each process sweeps after it wrote this part of the limit
 _HIGH, _LOW = 0.9, 0.8  # shares of the limit: above the first, the oldest leave until the second is reached
 _LEFTOVER_SECONDS = 3600  # a file still being written is never as old
@@ -63,6 +65,13 @@ def free_space(folder: Path) -> tuple[int, int]:
     return usage.free, usage.total
 
 
+@functools.cache
+def code_digest(*modules: str) -> str:
+    """A hash of the source of some imported modules: it changes with what they do, at an upgrade say."""
+    source = "".join(inspect.getsource(importlib.import_module(name, __package__)) for name in modules)
+    return xxhash.xxh3_64_hexdigest(source.encode())
+
+
 @functools.lru_cache(maxsize=8192)
 def content_hash(path: str, stamp: tuple[int, int]) -> str:
     """A hash of a file's content; `stamp` is `probe.file_stamp`'s."""
@@ -81,7 +90,11 @@ def frame_key(contents: list[str], file: VideoFile | None, plan: FramePlan) -> s
         file: how it is decoded; None for pictures.
     """
     how = None if file is None else (file.orientation, file.positions)
-    return xxhash.xxh3_128_hexdigest(repr((_VERSION, contents, how, plan)).encode())
+    return xxhash.xxh3_128_hexdigest(repr((_LIBRARIES, code_digest(".decode"), contents, how, plan)).encode())
+
+
+def _facts_version() -> str:
+    return f"{_LIBRARIES} {code_digest('.probe', '.codecs', '.decode', '.sampling')}"
 
 
 def _entries(folder: Path) -> Iterator[tuple[float, int, str]]:
@@ -233,7 +246,7 @@ class FrameCache:
         """What is known of a video file, if it has not changed since."""
         try:
             known = json.loads(self._facts(path).read_bytes())
-            if known["version"] != _VERSION or tuple(known["file"]["stamp"]) != stamp:
+            if known["version"] != _facts_version() or tuple(known["file"]["stamp"]) != stamp:
                 return None
             facts = known["file"]
             info = ClipInfo(**{**facts["info"], "times": tuple(facts["info"]["times"])})
@@ -245,7 +258,7 @@ class FrameCache:
 
     def write_file(self, path: str, file: VideoFile) -> None:
         """Keep what is known of a video file."""
-        facts = {"version": _VERSION, "path": os.path.abspath(path), "file": asdict(file)}
+        facts = {"version": _facts_version(), "path": os.path.abspath(path), "file": asdict(file)}
         self._write(self._facts(path), json.dumps(facts, ensure_ascii=False).encode("utf-8", "replace"))
 
     def _facts(self, path: str) -> Path:

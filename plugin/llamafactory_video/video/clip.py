@@ -5,15 +5,17 @@ import functools
 import io
 import logging
 import os
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import xxhash
 
 from ..data.conversation import Clip, decode_clip
-from .cache import FrameCache, content_hash, frame_key
+from .cache import GIB, FrameCache, content_hash, frame_key
 from .decode import DisagreementError, count_by_decoding, decode_frames, resize_frame, start
 from .probe import ClipError, VideoFile, file_stamp, open_picture, picture_size, probe
 from .sampling import ClipInfo, FramePlan, Sampling, SamplingError, mean_rate, plan_frames
@@ -47,18 +49,41 @@ def as_clip(video: Any) -> Clip:
     if isinstance(video, Clip):
         return video
     if isinstance(video, str):
-        return decode_clip(video)
+        try:
+            return decode_clip(video)
+        except ValueError as error:
+            raise ClipError(f"{video}: {error}") from error
     if isinstance(video, os.PathLike):
         return Clip(path=os.fspath(video))
     if isinstance(video, list | tuple):
         return Clip(frames=tuple(video))
     if isinstance(video, bytes):
         video = io.BytesIO(video)
-    elif hasattr(video, "read") and not (hasattr(video, "seekable") and video.seekable()):
-        video = io.BytesIO(video.read())
     if not hasattr(video, "seek"):
         raise ClipError(f"a {type(video).__name__} is no video; a path, a file object or frame pictures are needed")
     return Clip(path=video)
+
+
+def spooled(stream: Any, most: int, timeout: float | None) -> BinaryIO:
+    """What a stream holds that cannot be read twice, such as the answer to a request; on disk if it is large.
+
+    Args:
+        most: bytes that it may have.
+        timeout: seconds that it may take; looked at after each part that arrives.
+
+    Raises:
+        ClipError: if it has more, or takes longer.
+    """
+    end = None if timeout is None else time.monotonic() + timeout
+    file = tempfile.SpooledTemporaryFile(max_size=1 << 24)  # noqa: SIM115 - it goes with the clip
+    while part := stream.read(1 << 20):
+        if file.tell() + len(part) > most:
+            raise ClipError(f"the remote clip has more than video_remote_gb, {most / GIB:g} GiB")
+        if end is not None and time.monotonic() > end:
+            raise ClipError(f"the remote clip took more than video_timeout, {timeout:g} s, to arrive")
+        file.write(part)
+    file.seek(0)
+    return file
 
 
 def plan_digest(plan: FramePlan) -> str:
@@ -82,6 +107,7 @@ class ClipReader:
         sampling: the recipe's; a clip's own settings override it.
         cache: of decoded frames; None: each clip is decoded whenever it is shown.
         timeout: seconds that reading one clip may take; None: any time.
+        remote: bytes that a clip may have which comes as a stream.
         threads: for the decoder; None: a fair share of the machine's cores, at most 4.
     """
 
@@ -91,12 +117,14 @@ class ClipReader:
         cache: FrameCache | None = None,
         timeout: float | None = 300.0,
         threads: int | None = None,
+        remote: int = 2 * GIB,
     ) -> None:
         self.sampling, self.cache, self.timeout, self.threads = sampling, cache, timeout, threads
+        self.remote = remote
         self._files: dict[str, VideoFile] = {}
 
     def __reduce__(self) -> tuple:
-        return ClipReader, (self.sampling, self.cache, self.timeout, self.threads)
+        return ClipReader, (self.sampling, self.cache, self.timeout, self.threads, self.remote)
 
     def plan(self, video: Any) -> FramePlan:
         """What is shown of a clip, without decoding it.
@@ -106,7 +134,7 @@ class ClipReader:
         """
         if isinstance(video, ShownClip):
             return video.plan
-        clip = as_clip(video)
+        clip = self._clip(video)
         with _naming(clip):
             return self._plan(clip, self._file(clip))
 
@@ -118,7 +146,7 @@ class ClipReader:
         """
         if isinstance(video, ShownClip):
             return video
-        clip = as_clip(video)
+        clip = self._clip(video)
         with _naming(clip):
             file = self._file(clip)
             for _ in range(_ATTEMPTS):
@@ -162,6 +190,11 @@ class ClipReader:
         """What a person should know of a clip's file that was read before, such as how much of it is lost."""
         known = self._files.get(clip.path) if isinstance(clip.path, str) else None
         return "" if known is None else known.note
+
+    def _clip(self, video: Any) -> Clip:
+        if hasattr(video, "read") and not (hasattr(video, "seekable") and video.seekable()):
+            video = self._limited(lambda: spooled(video, self.remote, self.timeout), "the remote clip hangs")
+        return as_clip(video)
 
     def _plan(self, clip: Clip, file: VideoFile | None) -> FramePlan:
         sampling = clip.sampling(self.sampling)
@@ -245,7 +278,7 @@ class ClipReader:
             self.cache.write(key, frames, str(clip))
         return frames
 
-    def _limited(self, work: Callable[[], Result]) -> Result:
+    def _limited(self, work: Callable[[], Result], what: str = "the decoder hangs") -> Result:
         """Do a piece of reading in a thread of its own, and leave it behind if it hangs inside a decoder."""
         if self.timeout is None:
             return work()
@@ -253,7 +286,7 @@ class ClipReader:
             # The decoder looks at the time itself between two packets; a little longer for it to say so.
             return start(work)(self.timeout + 1)
         except TimeoutError:
-            raise ClipError(f"the decoder hangs: nothing came within video_timeout, {self.timeout:g} s") from None
+            raise ClipError(f"{what}: nothing came within video_timeout, {self.timeout:g} s") from None
 
 
 @functools.lru_cache(maxsize=65536)

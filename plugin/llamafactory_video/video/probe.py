@@ -9,6 +9,7 @@ import io
 import os
 import stat
 import struct
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -120,6 +121,16 @@ class Packets:
 
 _RECENT = 8  # files whose packets are kept in hand: they are decoded right after they were probed
 _recent: dict[Any, Packets] = {}
+_recent_lock = threading.Lock()  # clips are read by several threads
+
+
+def _renew_lock() -> None:
+    global _recent_lock
+    _recent_lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # another thread may have held it when a process was forked
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def file_stamp(path: str) -> tuple[int, int]:
@@ -228,7 +239,8 @@ def _scan(container: av.container.InputContainer, stream: av.VideoStream) -> Pac
 
 def known_packets(source: str | BinaryIO, stamp: tuple[int, int]) -> Packets | None:
     """The packets of a file that was probed just before, or None."""
-    return _recent.get((source, stamp)) if isinstance(source, str) else None
+    with _recent_lock:
+        return _recent.get((source, stamp)) if isinstance(source, str) else None
 
 
 def packets_of(
@@ -251,9 +263,10 @@ def packets_of(
     if packets is None:
         packets = _scan(container, stream)
         if isinstance(source, str) and file_stamp(source) == stamp:
-            if len(_recent) >= _RECENT:
-                _recent.pop(next(iter(_recent)), None)
-            _recent[source, stamp] = packets
+            with _recent_lock:
+                while len(_recent) >= _RECENT:
+                    del _recent[next(iter(_recent))]
+                _recent[source, stamp] = packets
     return packets
 
 
