@@ -160,24 +160,25 @@ def _check_folders(logger: Any, model_args: Any, training_args: Any, finetuning_
         raise ValueError(f"output_dir {folder} cannot be written: {there} is read-only")
     if not training_args.do_train:
         return
-    from .train.checkpoint import holds_optimizer, last_whole_checkpoint
+    from .train.checkpoint import check_resumable, last_whole_checkpoint
 
-    before = training_args.resume_from_checkpoint
-    if before is None and not getattr(training_args, "overwrite_output_dir", False):
+    given = training_args.resume_from_checkpoint
+    before = given
+    if given is True or (given is None and not getattr(training_args, "overwrite_output_dir", False)):
         before = last_whole_checkpoint(folder)
+        if given is True:
+            if before is None:
+                raise ValueError(f"resume_from_checkpoint is true, and {folder} holds no whole checkpoint")
+            training_args.resume_from_checkpoint = before
     if not isinstance(before, str):
         return
-    is_adapter = finetuning_args.finetuning_type in ("lora", "oft")
-    if Path(before, "adapter_config.json").is_file() != is_adapter:
-        raise ValueError(
-            f"{before} is of another finetuning_type than {finetuning_args.finetuning_type}; give another output_dir"
-        )
-    if not holds_optimizer(Path(before)):
-        key = "adapter_name_or_path" if is_adapter else "model_name_or_path"
-        raise ValueError(
-            f"{before} holds weights alone (save_only_model), so no run can go on from it. Give another output_dir; "
-            f"`{key}: {before}` starts a new run from these weights"
-        )
+    adapter = None
+    if finetuning_args.finetuning_type in ("lora", "oft"):
+        adapter = {}
+        if finetuning_args.finetuning_type == "lora":
+            adapter = {"r": "lora_rank", "lora_alpha": "lora_alpha", "use_dora": "use_dora"}
+            adapter = {name: (key, getattr(finetuning_args, key)) for name, key in adapter.items()}
+    check_resumable(Path(before), finetuning_args.finetuning_type, adapter)
     if Path(folder, "train_results.json").is_file():
         logger.warning_rank0(
             f"{training_args.output_dir} holds a finished run, and this one goes on from its last checkpoint. To train "

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 UNFINISHED = "unfinished"  # folder of the output folder where a checkpoint is while it is written
 _OPTIMIZER = ("optimizer", "global_step")  # how names begin that hold its state
@@ -29,6 +30,47 @@ def last_whole_checkpoint(folder: str | Path) -> str | None:
 def holds_optimizer(checkpoint: Path) -> bool:
     """Whether a run can go on from it: state of the optimizer, as torch, FSDP or DeepSpeed names it, is there."""
     return any(path.name.startswith(_OPTIMIZER) for path in checkpoint.iterdir())
+
+
+def check_resumable(checkpoint: Path, finetuning_type: str, adapter: dict[str, tuple[str, Any]] | None) -> None:
+    """See that a run of the recipe can go on from a checkpoint.
+
+    Args:
+        adapter: of a recipe that trains one, by their names in adapter_config.json: keys of the recipe that the
+            checkpoint's weights depend on, and their values. None for other recipes.
+
+    Raises:
+        ValueError: saying why not, and what to give.
+    """
+    if not checkpoint.is_dir():
+        raise ValueError(f"resume_from_checkpoint: there is no folder {checkpoint}")
+    if not (checkpoint / "trainer_state.json").is_file() or not holds_optimizer(checkpoint):
+        inside = last_whole_checkpoint(checkpoint)
+        if inside is not None:
+            raise ValueError(
+                f"resume_from_checkpoint: {checkpoint} is the folder of a run, not of a checkpoint; give {inside}"
+            )
+    is_adapter = (checkpoint / "adapter_config.json").is_file()
+    key = "adapter_name_or_path" if is_adapter else "model_name_or_path"
+    if not (checkpoint / "trainer_state.json").is_file():
+        raise ValueError(
+            f"resume_from_checkpoint: {checkpoint} has no trainer_state.json, so it is no whole checkpoint of a run. "
+            f"`{key}: {checkpoint}` starts a new run from weights that it holds"
+        )
+    if is_adapter != (adapter is not None):
+        raise ValueError(f"{checkpoint} is of another finetuning_type than {finetuning_type}; give another output_dir")
+    if not holds_optimizer(checkpoint):
+        raise ValueError(
+            f"{checkpoint} holds weights alone (save_only_model), so no run can go on from it. Give another output_dir; "
+            f"`{key}: {checkpoint}` starts a new run from these weights"
+        )
+    config = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8")) if adapter else {}
+    for name, (recipe_key, value) in (adapter or {}).items():
+        if config.get(name, value) != value:
+            raise ValueError(
+                f"{checkpoint} was trained with {recipe_key} {config[name]}, and the recipe has {value}; a run goes on "
+                "with what its checkpoint has. Give that, or another output_dir for a new run"
+            )
 
 
 def check_room(folder: Path, weights_only: bool) -> None:

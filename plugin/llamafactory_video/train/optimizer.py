@@ -367,12 +367,16 @@ def check_rounding(optimizer: torch.optim.Optimizer) -> None:
 # --- For the log -----------------------------------------------------------------------------------------------------
 
 
-def group_rows(optimizer: torch.optim.Optimizer) -> list[GroupRow]:
-    """The trainable parameters by module, rate and weight decay, in the order of the groups."""
+def group_rows(optimizer: torch.optim.Optimizer, rate: str = "lr") -> list[GroupRow]:
+    """The trainable parameters by module, rate and weight decay, in the order of the groups.
+
+    Args:
+        rate: the groups' key of it: "lr" is that of the next step, "initial_lr" the one that a scheduler starts from.
+    """
     rows = defaultdict(list)
     for group in optimizer.param_groups:
         trained = [p for p in group["params"] if p.requires_grad]
-        rows[group["module"], float(group["lr"]), float(group.get(_decay_key(group), 0.0))] += trained
+        rows[group["module"], float(group.get(rate, group["lr"])), float(group.get(_decay_key(group), 0.0))] += trained
     return [
         # DeepSpeed ZeRO-3 leaves an empty parameter on each rank, with its whole size beside it.
         GroupRow(

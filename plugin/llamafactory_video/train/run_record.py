@@ -359,6 +359,7 @@ def describe_run(
     eval_dataset: Any = None,
     earlier: dict[str, Any] | None = None,
     step: int = 0,
+    another: bool = False,
 ) -> dict[str, Any]:
     """What makes a model, at the begin of its training. Asked of one process.
 
@@ -366,8 +367,9 @@ def describe_run(
         arguments: as `get_train_args` returns them: model, data, training, fine-tuning, generating.
         processor: the model's, or None.
         eval_dataset: one, several by name, or None.
-        earlier: the record in the folder, if the run is resumed; its history is kept.
+        earlier: the record of the run that it goes on from; its history is kept.
         step: the one from which it goes on.
+        another: it goes on from another run, in a folder of its own.
     """
     model_args, data_args, training_args = arguments[:3]
     recipe = resolved_recipe(arguments)
@@ -396,8 +398,11 @@ def describe_run(
     }
     record = {key: value for key, value in record.items() if value not in (None, {}) or key in ("finished", "results")}
     if earlier is not None and step > 0:
-        record["started"] = earlier.get("started", now)
         resumed = {"time": now, "from_step": step, "changed": _changes(earlier, record)}
+        if another:
+            resumed["run_started"] = earlier.get("started")
+        else:
+            record["started"] = earlier.get("started", now)
         record["history"] = [*earlier.get("history", []), resumed]
     return record
 

@@ -20,13 +20,16 @@ from transformers.trainer_utils import rotate_checkpoints
 from ..model.vision import call_vision_once
 from .audit import GradientAudit, GradientError, describe_faults
 from .checkpoint import UNFINISHED, CheckpointError, check_room, explain, last_whole_checkpoint
-from .optimizer import group_rows, group_table
+from .optimizer import GroupRow, group_rows, group_table
 from .run_record import add_to_model_card, finished, read_run_record, write_run_record
 from .throughput import Throughput
 
 IGNORE_INDEX = -100
 # The optimizer's state brings them along, so what a recipe says of them is not used when a run goes on.
-_IN_CHECKPOINT = ("learning_rate", "vision_tower_lr", "mm_projector_lr", "weight_decay")
+_IN_CHECKPOINT = (
+    *("learning_rate", "vision_tower_lr", "mm_projector_lr", "weight_decay"),
+    *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon"),
+)
 RATE_NAMES = {"language_model": "learning_rate", "vision_tower": "vision_tower_lr", "mm_projector": "mm_projector_lr"}
 
 # transformers loads the optimizer of several processes to its device; on the CPU that is "cpu:0", unknown to torch.load.
@@ -70,6 +73,7 @@ class VideoTrainer(Trainer):
         self._evaluated: list[torch.Tensor] = []
         self._saving = False
         self._resumed_at = 0
+        self._rows: list[GroupRow] = []
         for module in self.model.modules():
             if type(module).__name__ in ("Qwen3VLModel", "Qwen3VLMoeModel"):
                 call_vision_once(module)
@@ -207,10 +211,12 @@ class VideoTrainer(Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)
         groups = getattr(optimizer, "param_groups", ({},))  # none where DeepSpeed's own file makes the optimizer
-        if self.args.should_save and all("module" in group for group in groups):
+        if all("module" in group for group in groups):
+            self._rows = group_rows(optimizer)
+        if self.args.should_save and self._rows:
             table = Path(self.args.output_dir, "trained_modules.txt")
             table.parent.mkdir(parents=True, exist_ok=True)
-            text = group_table(group_rows(optimizer), self.model.named_parameters())
+            text = group_table(self._rows, self.model.named_parameters())
             table.write_text(text + "\n", encoding="utf-8")
         if self._gradient_check != "off" and self._audit is None:  # DeepSpeed asks twice
             # DeepSpeed takes gradients away before they can be looked at; FSDP computes those of other tensors.
@@ -247,30 +253,67 @@ class VideoTrainer(Trainer):
     def begin_record(self) -> None:
         """Write `run.json` into the output folder; a run that goes on keeps what was written before.
 
+        What it goes on from is read where that lies: another run's checkpoint is as good as one's own.
+
         Raises:
-            CheckpointError: if the recipe asks for what the checkpoint decides.
+            CheckpointError: if the recipe asks for what the checkpoint decides, or nothing is left to train.
         """
         if self._describe is not None and self.is_world_process_zero():
             folder, step = Path(self.args.output_dir), self.state.global_step
-            record = self._describe(earlier=read_run_record(folder) if step else None, step=step)
+            origin, earlier = folder, None
+            if step:
+                origin = Path(self.args.resume_from_checkpoint).resolve().parent
+                earlier = read_run_record(origin)
+                if earlier is None:  # of LLaMA-Factory without this plugin
+                    self._check_rates()
+            is_another = origin.resolve() != folder.resolve()
+            record = self._describe(earlier=earlier, step=step, another=is_another)
             changed = record["history"][-1]["changed"] if record["history"] else {}
             lines = {
                 name: f"  {name}: {' -> '.join('the default' if v is None else str(v) for v in change.values())}"
                 for name, change in changed.items()
             }
             kept = [line for name, line in lines.items() if name in _IN_CHECKPOINT]
+            name = self.args.resume_from_checkpoint
+            anew = (
+                "\nGive another output_dir and no resume_from_checkpoint; with the checkpoint's folder as model or adapter, "
+                "a new run starts from its weights."
+            )
             if kept:
                 raise CheckpointError(
-                    f"{folder} goes on from step {step} with what its checkpoint holds, so that these would have no "
-                    "effect:\n" + "\n".join(kept) + "\nGive another output_dir; with the checkpoint's folder as model "
-                    "or adapter, a new run starts from its weights."
+                    f"resuming at step {step} from {name}, which brings its own values, so that these would have no "
+                    "effect:\n" + "\n".join(kept) + anew
+                )
+            other_data = any(name.startswith("data.") for name in changed)
+            if step and step >= self.state.max_steps and (is_another or other_data):
+                raise CheckpointError(
+                    f"resuming at step {step} from {name}, of {'another run' if is_another else 'other data'}: this "
+                    f"recipe has {self.state.max_steps} steps, so nothing would be trained." + anew
                 )
             write_run_record(folder, record)
             if lines:
                 self._tell(
-                    f"{folder} goes on from step {step}, and is not the run that it was. From here on, its schedule and "
-                    "its data are those of the recipe as it is now. Changed are:\n" + "\n".join(lines.values())
+                    f"resuming at step {step} from {name} with a changed recipe. From here on, schedule and data are "
+                    "those of the recipe as it is now. Changed are:\n" + "\n".join(lines.values())
                 )
+
+    def _check_rates(self) -> None:
+        """See that the optimizer's state has brought along the rates and weight decays of the recipe."""
+        if not all("module" in group for group in self.optimizer.param_groups):
+            return
+        wanted, found = self._rows, group_rows(self.optimizer, "initial_lr")
+        lines = [
+            f"  {row.module}: rate {now.learning_rate:g} and weight decay {now.weight_decay:g}, in the recipe "
+            f"{row.learning_rate:g} and {row.weight_decay:g}"
+            for row, now in zip(wanted, found, strict=False)
+            if (row.learning_rate, row.weight_decay) != (now.learning_rate, now.weight_decay)
+        ]
+        if lines:
+            raise CheckpointError(
+                f"resuming from {self.args.resume_from_checkpoint}, which brings its own values:\n"
+                + "\n".join(lines)
+                + "\nGive the recipe these, or start a new run from the checkpoint's weights."
+            )
 
     def finish_record(self) -> None:
         """Add the end of the training and its results to `run.json`, and all of it to the model card."""
