@@ -39,18 +39,22 @@ _APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND
 
 def _call(words: list[str], env: dict[str, str], folder: str) -> None:
     _begin(env, f"{folder}/out", f"{folder}/err", f"{folder}/in")
+    if words[0] == "-c":
+        sys.argv = ["-c", *words[2:]]
+        exec(words[1], {"__name__": "__main__"})
+        return
     sys.argv = [str(BIN / words[0]), *words[1:]]
     runpy.run_path(sys.argv[0], run_name="__main__")  # the script that pip installed, up to its exit status
 
 
 def run(*words: str, stdin: str = "", **env: str) -> SimpleNamespace:
-    """Run an installed command to its end, as `subprocess.run` does; `returncode`, `stdout` and `stderr`."""
+    """Run an installed command, or `-c` and Python code, to its end; as `subprocess.run` does."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "in").write_text(stdin, encoding="utf-8")
         process = SERVER.Process(target=_call, args=(list(words), env, folder))
         process.start()
         process.join(300)
-        assert process.exitcode is not None, f"{' '.join(words)} hangs"
+        assert process.exitcode is not None, f"{words} hang"
         out, err = (Path(folder, name).read_text(encoding="utf-8", errors="replace") for name in ("out", "err"))
     return SimpleNamespace(returncode=process.exitcode, stdout=out, stderr=err)
 

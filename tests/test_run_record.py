@@ -6,7 +6,6 @@ import json
 import shutil
 import socket
 import subprocess
-import sys
 import time
 
 import datasets
@@ -23,6 +22,7 @@ from llamafactory_video.data.loader import FEATURES
 from llamafactory_video.demo.tiny_model import save_tiny_model
 from llamafactory_video.train import run_record
 from PIL import Image
+from processes import run
 from torch.utils.data import IterableDataset
 from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
 
@@ -184,10 +184,9 @@ recipe = resolved_recipe(get_train_args(keys))
 print(recipe["fsdp"], recipe["fsdp_config"]["version"], recipe["fsdp_config"]["reshard_after_forward"])
 print(resolved_recipe(get_train_args(yaml.safe_load(yaml.safe_dump(recipe)))) == recipe)
 """
-    command = [sys.executable, "-c", code, str(tmp_path / "fsdp.json"), str(tmp_path / "out")]
-    run = subprocess.run(command, capture_output=True, text=True)
-    said = [line for line in run.stdout.splitlines() if not line.startswith("[")]
-    assert said == ["full_shard auto_wrap 2 True", "True"], run.stdout + run.stderr
+    done = run("-c", code, str(tmp_path / "fsdp.json"), str(tmp_path / "out"))
+    said = [line for line in done.stdout.splitlines() if not line.startswith("[")]
+    assert said == ["full_shard auto_wrap 2 True", "True"], done.stdout + done.stderr
 
 
 # --- Data ------------------------------------------------------------------------------------------------------------

@@ -218,7 +218,12 @@ def test_tool_turns_equal_apply_chat_template(processor):
     assert answers(processor, ids, labels)[-1] == "在 3 秒<|im_end|>\n"
 
 
-@pytest.mark.parametrize("path", real_clips() or [None], ids=lambda path: path.name if path else "none")
+CLIPS = [
+    pytest.param(path, marks=pytest.mark.thorough if number > 2 else []) for number, path in enumerate(real_clips())
+]
+
+
+@pytest.mark.parametrize("path", CLIPS or [None], ids=lambda path: path.name if path else "none")
 def test_real_clips_are_what_transformers_makes(path):
     if path is None:
         pytest.skip("the real clips (../shared/videos) are not present")
