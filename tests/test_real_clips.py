@@ -522,6 +522,7 @@ def test_the_manifest_lists_what_is_refused():
 
 
 @pytest.mark.skipif(not FACTS or not (SHARED / "qwen3vl").is_dir(), reason="../shared is not present")
+@pytest.mark.thorough
 def test_with_the_real_tokenizer(tmp_path):
     """Plain, sideways, upside down and of variable rate, without time stamps, and one that begins late."""
     names = ["llama-factory__4.mp4", "metadata-extra__with-gps.mov", "moviepy__fire2.mp4", "llama-factory__2.avi"]

@@ -172,6 +172,7 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_says_so(keys, tmp_path, cou
     assert whole_steps(output) == [6, 8]
 
 
+@pytest.mark.thorough
 def test_all_processes_load_the_best_checkpoint(keys, tmp_path):
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
     evaluated = {"eval_dataset": "clips", "eval_strategy": "steps", "eval_steps": 2}

@@ -575,6 +575,7 @@ def test_a_record_that_fails_on_one_process_stops_both_with_its_name(keys, tmp_p
         assert "bad.json, record 14 (line 1): " in run.log(rank) and "bad.mp4: is not a video" in run.log(rank)
 
 
+@pytest.mark.thorough
 def test_a_process_that_failed_may_be_started_anew(tmp_path):
     script = tmp_path / "once.py"
     script.write_text(

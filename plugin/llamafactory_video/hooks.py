@@ -80,23 +80,22 @@ def _hparams_parser(parser: ModuleType) -> None:
                 if value is not None:
                     os.environ[name] = value
             environment.clear()
-            before = dict(os.environ)
-            if isinstance(args, dict):
-                _prepare_fsdp(args)
-            parsed = parse(args)
-            if parsed[1].template in (TEMPLATE, THINKING_TEMPLATE):
-                changed = [
-                    name for name in os.environ if name.startswith(_FSDP) and os.environ[name] != before.get(name)
-                ]
-                environment.update({name: before.get(name) for name in changed})
+            if isinstance(args, dict) and args.get("fsdp") and args.get("template") in (TEMPLATE, THINKING_TEMPLATE):
+                before = dict(os.environ)
+                try:
+                    _prepare_fsdp(args)
+                    parsed = parse(args)
+                finally:
+                    changed = [n for n in os.environ if n.startswith(_FSDP) and os.environ[n] != before.get(n)]
+                    environment.update({name: before.get(name) for name in changed})
+            else:
+                parsed = parse(args)
             finetuning_args = next(p for p in parsed if hasattr(p, "finetuning_type"))
-            parsed[0].video_template = finetuning_args.video_template = parsed[1].template in (
-                TEMPLATE,
-                THINKING_TEMPLATE,
-            )
+            ours = parsed[1].template in (TEMPLATE, THINKING_TEMPLATE)
+            parsed[0].video_template = finetuning_args.video_template = ours
             _check_keys_fit_template(parsed[0], parsed[1], finetuning_args)
             for training_args in (p for p in parsed if hasattr(p, "do_train")):
-                if finetuning_args.video_template and finetuning_args.stage != "sft":
+                if ours and finetuning_args.stage != "sft":
                     raise ValueError(
                         f"stage: {finetuning_args.stage} does not go with template {parsed[1].template}, which trains "
                         "with `stage: sft`; for other stages LLaMA-Factory has its own template qwen3_vl"
@@ -105,7 +104,7 @@ def _hparams_parser(parser: ModuleType) -> None:
 
                 # transformers asks nobody for an optimizer that DeepSpeed makes, so it is seen here.
                 check_deepspeed(training_args.deepspeed, finetuning_args)
-            if parsed[1].template in (TEMPLATE, THINKING_TEMPLATE):
+            if ours:
                 training = next((p for p in parsed if hasattr(p, "do_train")), None)
                 _check_folders(parser.logger, parsed[0], training, finetuning_args)
             return parsed
@@ -132,15 +131,14 @@ _FSDP = ("FSDP_", "ACCELERATE_USE_FSDP")  # how variables begin that set up FSDP
 
 def _prepare_fsdp(args: dict[str, Any]) -> None:
     """What `accelerate launch` sets for FSDP, and LLaMA-Factory and accelerate read before they read the recipe."""
-    if args.get("fsdp") and args.get("template") in (TEMPLATE, THINKING_TEMPLATE):
-        config = args.get("fsdp_config") or {}
-        if isinstance(config, str):
-            config = json.loads(Path(config).read_text(encoding="utf-8"))
-        version = config.get("version", config.get("fsdp_version", 1))
-        # Otherwise accelerate saves parts that no other program can load.
-        variables = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": version, "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
-        for name, value in variables.items():
-            os.environ.setdefault(name, str(value))
+    config = args.get("fsdp_config") or {}
+    if isinstance(config, str):
+        config = json.loads(Path(config).read_text(encoding="utf-8"))
+    version = config.get("version", config.get("fsdp_version", 1))
+    # Otherwise accelerate saves parts that no other program can load.
+    variables = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": version, "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
+    for name, value in variables.items():
+        os.environ.setdefault(name, str(value))
 
 
 def _check_folders(logger: Any, model_args: Any, training_args: Any, finetuning_args: Any) -> None:

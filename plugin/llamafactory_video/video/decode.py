@@ -239,9 +239,8 @@ def count_by_decoding(source: str | BinaryIO, file: VideoFile, timeout: float | 
                     stamps.append(frame.pts if frame.pts is not None else frame.dts)
             positions = [position for position, _ in out]
             if container.format.name == "avi" and positions == sorted(positions):
-                stamps = [
-                    sent[position][1] for position in positions
-                ]  # a frame's own are made up, from damaged ones too
+                # A frame's own are made up, from damaged packets too.
+                stamps = [sent[position][1] for position in positions]
             if None in stamps:
                 tick = 1 / (stream.average_rate or stream.guessed_rate or 1)
                 stamps = positions
@@ -291,16 +290,20 @@ def whole_frames(
 
     broken = set(damaged)
     keys = [-1, *sorted(position for position, is_key in frames if is_key and position not in broken)]
+    # Of each key frame and what follows it up to the next: the first that is damaged, and the first of those that others
+    # may refer to; frames on the screen before their key frame are no one's reference after it.
+    first = [(len(stamps), len(stamps))] * len(keys)
+    for position in reversed(damaged):
+        at = bisect.bisect_right(keys, position) - 1
+        first[at] = position, first[at][1] if leads(position, keys[at]) else position
     whole = []
     for number, (position, _) in enumerate(frames):
         at = bisect.bisect_right(keys, position) - 1
         if leads(position, keys[at]):
-            begin, leading_count = keys[at - 1], True
+            is_whole = first[at - 1][0] == len(stamps) and position < first[at][0]
         else:
-            begin, leading_count = keys[at], False
-        since = damaged[bisect.bisect_right(damaged, begin) : bisect.bisect_right(damaged, position)]
-        # Frames on the screen before their key frame are no one's reference after it.
-        if not any(leading_count or not leads(one, keys[at]) for one in since):
+            is_whole = position < first[at][1]
+        if is_whole:
             whole.append(number)
     return whole
 
