@@ -214,7 +214,7 @@ def main() -> None:
     processor = AutoProcessor.from_pretrained(options.config)
     if not processor.tokenizer.chat_template:
         processor.tokenizer.chat_template = processor.chat_template
-    sampling = apply_to_processor("qwen_finetune", KEYS, processor)
+    sampling = apply_to_processor("qwen_finetune", KEYS, processor).clips
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
         drawn = [folder / "720p30_15s.mp4", folder / "long_gop30.mp4", folder / "long_gop250.mp4"]

@@ -106,7 +106,7 @@ def encoder(processor):
         "video_max_pixels": 65536,
     }
     return RecordEncoder(
-        processor.tokenizer, processor, ClipReader(apply_to_processor("qwen_finetune", keys, processor)), 10**6
+        processor.tokenizer, processor, ClipReader(apply_to_processor("qwen_finetune", keys, processor).clips), 10**6
     )
 
 

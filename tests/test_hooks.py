@@ -322,10 +322,8 @@ def test_lengths_are_asked_for_without_decoding(home, tmp_path, monkeypatch):
 
 def test_other_templates_have_no_cache(home, tmp_path, capfd):
     with pytest.raises(ValueError, match="video_cache_dir works with `template: qwen3_vl_video`"):
-        dataset(
-            home, tmp_path, template="qwen3_vl", video_sampling="llamafactory", video_cache_dir="x", dataset="texts"
-        )
-    _, module, _ = dataset(home, tmp_path, template="qwen3_vl", video_sampling="llamafactory", dataset="texts")
+        dataset(home, tmp_path, template="qwen3_vl", video_sampling=None, video_cache_dir="x", dataset="texts")
+    _, module, _ = dataset(home, tmp_path, template="qwen3_vl", video_sampling=None, dataset="texts")
     assert not hasattr(module["processor"], "clip_reader")
     assert "Frame cache" not in capfd.readouterr().out
 

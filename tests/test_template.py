@@ -68,7 +68,7 @@ def reference_inputs(processor, messages, tools=None, ask=False, **media):
 def our_inputs(processor, record, generation=False, thinking=False):
     sampling = apply_to_processor(
         "qwen_finetune", {**KEYS, "image_min_pixels": 4096, "image_max_pixels": 32768}, processor
-    )
+    ).clips
     conversation, problems = parse_record(record, lambda path: str(path))
     assert not problems, [str(problem) for problem in problems]
     row = to_row(conversation, "test")
@@ -255,7 +255,7 @@ def test_llamafactorys_dialect_shows_what_llamafactory_shows(clip, picture, tmp_
     stock = get_mm_plugin("qwen3_vl", image_token="<|image_pad|>", video_token="<|video_pad|>")
 
     processor = build_processor()
-    sampling = apply_to_processor("llamafactory", {**keys, **image_keys}, processor)
+    sampling = apply_to_processor("llamafactory", {**keys, **image_keys}, processor).clips
     for images, videos in (([str(picture)], []), ([], [str(clip)])):
         expected = stock._get_mm_inputs(images, videos, [], stock_processor)
         got = vision_inputs(images, videos, processor, ClipReader(sampling))
@@ -280,7 +280,7 @@ def test_bare_tools_are_written_as_in_training(processor):
 
 def test_rows_of_other_formats_are_trained_as_they_are_asked(processor, clip):
     """Other formats keep the newline after <video>; chat strips it, and so does our encoding of their rows."""
-    sampling = apply_to_processor("qwen_finetune", KEYS, processor)
+    sampling = apply_to_processor("qwen_finetune", KEYS, processor).clips
     row = {
         "_prompt": [{"role": "user", "content": "<video>\n为什么"}],
         "_response": [{"role": "assistant", "content": "<video> 是一个词"}],

@@ -5,11 +5,12 @@ Each class is mixed into LLaMA-Factory's dataclass of the same kind (hooks.py), 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .video.cache import GIB, FrameCache, default_folder
+from .video.contract import Contract
 from .video.sampling import Sampling, SamplingError
 
 _LEAST_CACHE = 1 * GIB  # below it, a cache that nobody asked for is not worth its place
@@ -46,8 +47,11 @@ def check_keys(keys: Any, cls: type) -> None:
     for name in (f.name for f in fields(cls) if f.init):
         value, hint = getattr(keys, name), hints[name]
         options = get_args(hint) or (hint,)
-        if value is None and type(None) in options:
-            continue
+        if type(None) in options:
+            if value is None:
+                continue
+            hint = next(option for option in options if option is not type(None))
+            options = get_args(hint) or (hint,)
         found, advice = str(value), ""
         if isinstance(value, str):
             found = f'the text "{value}"'
@@ -75,19 +79,20 @@ def check_keys(keys: Any, cls: type) -> None:
 class VideoModelKeys:
     """Keys on how clips and images are sampled."""
 
-    video_sampling: Literal["llamafactory", "qwen_finetune", "qwen_vl_utils"] = field(
-        default="llamafactory",
+    video_sampling: Literal["llamafactory", "qwen_finetune", "qwen_vl_utils"] | None = field(
+        default=None,
         metadata={
-            "help": "Whose meaning the video_* and image_* keys have. `llamafactory`: pixels count one frame. "
+            "help": "Whose meaning the video_* and image_* keys have; if not given, as the model's folder says that it was "
+            "trained, else `llamafactory`. `llamafactory`: pixels count one frame. "
             "`qwen_finetune`: as in Qwen's official trainer, pixels count the whole clip (frames x height x width); "
             "keys that are not given come from the model's processor files. `qwen_vl_utils`: as in messages for that "
             "package, pixels count one frame and video_total_pixels the whole clip."
         },
     )
-    video_timestamps: Literal["pts", "index"] = field(
-        default="pts",
+    video_timestamps: Literal["pts", "index"] | None = field(
+        default=None,
         metadata={
-            "help": "For clips of variable frame rate. `pts`: the frames nearest to the wanted times, and the times at "
+            "help": "For clips of variable frame rate; if not given, as the model was trained, else `pts`. `pts`: the frames nearest to the wanted times, and the times at "
             "which they are really shown. `index`: as transformers and qwen-vl-utils do, which take a frame's number "
             "divided by the average rate for its time."
         },
@@ -129,6 +134,7 @@ class VideoModelKeys:
     # Not keys: what parsing finds out. As fields they go along when LLaMA-Factory copies these arguments.
     given_video_keys: dict[str, Any] = field(init=False, default_factory=dict)
     video_template: bool = field(init=False, default=False)
+    video_training: bool = field(init=False, default=False)
 
     def take_video_keys(self) -> None:
         """Remember which keys were given, then fill the others so that LLaMA-Factory's own code finds numbers.
@@ -213,53 +219,32 @@ class VideoFinetuningKeys:
     )
 
 
-def resolve_sampling(dialect: str, given: dict[str, Any], video_processor: Any, timestamps: str = "pts") -> Sampling:
-    """How clips are sampled: the recipe's keys over what the dialect takes for granted.
+def resolve_sampling(
+    dialect: str | None,
+    given: dict[str, Any],
+    video_processor: Any,
+    timestamps: str | None = None,
+    trained: Sampling | None = None,
+) -> Sampling:
+    """How clips are sampled: the recipe's keys over how the model was trained, or over what the dialect takes for granted.
 
     Args:
-        dialect: value of `video_sampling`.
+        dialect: value of `video_sampling`; None: as the model was trained, else llamafactory.
         given: the video_* and image_* keys that the recipe gives.
         video_processor: the model's own; transformers' Qwen3VLVideoProcessor.
-        timestamps: value of `video_timestamps`.
+        timestamps: value of `video_timestamps`; None: as the model was trained, else pts.
+        trained: how it was, if its folder tells. In another dialect its numbers mean nothing.
 
     Raises:
         SamplingError: if the numbers contradict each other.
     """
-    size = video_processor.size
-    factor = video_processor.patch_size * video_processor.merge_size
-    processor_bounds = {"processor_min_pixels": size.shortest_edge, "processor_max_pixels": size.longest_edge}
-    patches = {name: getattr(video_processor, name) for name in ("patch_size", "temporal_patch_size", "merge_size")}
-    if dialect == "qwen_finetune":
-        defaults = Sampling(
-            dialect,
-            fps=video_processor.fps,
-            min_frames=video_processor.min_frames,
-            max_frames=video_processor.max_frames,
-            min_pixels=size.shortest_edge,
-            max_pixels=size.longest_edge,
-            **patches,
-            **processor_bounds,
-        )
-    elif dialect == "qwen_vl_utils":
-        bounds = [given.get("image_min_pixels", 4 * factor**2), given.get("image_max_pixels", 16384 * factor**2)]
-        if not 0 < bounds[0] <= bounds[1]:
-            raise SamplingError(
-                f"image_min_pixels is {bounds[0]} and image_max_pixels {bounds[1]}; the first must be smaller"
-            )
-        defaults = Sampling(dialect, min_pixels=None, max_pixels=None, image_bounds=tuple(bounds), **patches)
+    dialect = dialect or (trained.dialect if trained else "llamafactory")
+    timestamps = timestamps or (trained.timestamps if trained else "pts")
+    if trained is not None and trained.dialect == dialect:
+        defaults = replace(trained, image_bounds=_image_bounds(given, trained.image_bounds))
+        source = "the model's folder"
     else:
-        bounds = [given.get(key, LLAMAFACTORY_DEFAULTS[key]) for key in ("image_min_pixels", "image_max_pixels")]
-        defaults = Sampling(
-            dialect,
-            fps=LLAMAFACTORY_DEFAULTS["video_fps"],
-            min_frames=1,
-            max_frames=LLAMAFACTORY_DEFAULTS["video_maxlen"],
-            min_pixels=LLAMAFACTORY_DEFAULTS["video_min_pixels"],
-            max_pixels=LLAMAFACTORY_DEFAULTS["video_max_pixels"],
-            image_bounds=tuple(bounds),
-            **patches,
-            **processor_bounds,
-        )
+        defaults, source = _dialect_defaults(dialect, given, video_processor), f"the dialect {dialect}"
     try:
         return defaults.override(
             timestamps=timestamps,
@@ -271,7 +256,51 @@ def resolve_sampling(dialect: str, given: dict[str, Any], video_processor: Any, 
             total_pixels=given.get("video_total_pixels"),
         )
     except SamplingError as error:
-        raise SamplingError(f"{error} (what the recipe does not give comes from the dialect {dialect})") from error
+        raise SamplingError(f"{error} (what the recipe does not give comes from {source})") from error
+
+
+def _image_bounds(given: dict[str, Any], bounds: tuple[int, int] | None) -> tuple[int, int] | None:
+    """The recipe's bounds on an image over others; None for dialects that leave images to the processor."""
+    if bounds is None:
+        return None
+    least, most = given.get("image_min_pixels", bounds[0]), given.get("image_max_pixels", bounds[1])
+    if not 0 < least <= most:
+        raise SamplingError(f"image_min_pixels is {least} and image_max_pixels {most}; the first must be smaller")
+    return least, most
+
+
+def _dialect_defaults(dialect: str, given: dict[str, Any], video_processor: Any) -> Sampling:
+    size = video_processor.size
+    factor = video_processor.patch_size * video_processor.merge_size
+    processor_bounds = {"processor_min_pixels": size.shortest_edge, "processor_max_pixels": size.longest_edge}
+    patches = {name: getattr(video_processor, name) for name in ("patch_size", "temporal_patch_size", "merge_size")}
+    if dialect == "qwen_finetune":
+        return Sampling(
+            dialect,
+            fps=video_processor.fps,
+            min_frames=video_processor.min_frames,
+            max_frames=video_processor.max_frames,
+            min_pixels=size.shortest_edge,
+            max_pixels=size.longest_edge,
+            **patches,
+            **processor_bounds,
+        )
+    if dialect == "qwen_vl_utils":
+        bounds = _image_bounds(given, (4 * factor**2, 16384 * factor**2))
+        return Sampling(dialect, min_pixels=None, max_pixels=None, image_bounds=bounds, **patches)
+    keys = ("image_min_pixels", "image_max_pixels")
+    bounds = tuple(given.get(key, LLAMAFACTORY_DEFAULTS[key]) for key in keys)
+    return Sampling(
+        dialect,
+        fps=LLAMAFACTORY_DEFAULTS["video_fps"],
+        min_frames=1,
+        max_frames=LLAMAFACTORY_DEFAULTS["video_maxlen"],
+        min_pixels=LLAMAFACTORY_DEFAULTS["video_min_pixels"],
+        max_pixels=LLAMAFACTORY_DEFAULTS["video_max_pixels"],
+        image_bounds=bounds,
+        **patches,
+        **processor_bounds,
+    )
 
 
 def frame_cache(keys: VideoModelKeys, log: Callable[[str], None]) -> FrameCache | None:
@@ -313,29 +342,38 @@ def take_trained_processors(processor: Any, adapters: Sequence[str]) -> None:
             return
 
 
-def apply_to_processor(dialect: str, given: dict[str, Any], processor: Any, timestamps: str = "pts") -> Sampling:
+def apply_to_processor(
+    dialect: str | None,
+    given: dict[str, Any],
+    processor: Any,
+    timestamps: str | None = None,
+    trained: Contract | None = None,
+) -> Contract:
     """Resolve the keys and, where the processor can hold them, write them into it.
 
-    In the dialect `qwen_finetune` the settings live in the processor itself, so they are saved with every
-    checkpoint: chat, export and plain transformers sample from such a folder as training did.
+    In the dialect `qwen_finetune` the settings live in the processor itself, so plain transformers samples from a folder
+    that it is saved in as training did.
+
+    Args:
+        trained: how the model was, if its folder tells.
 
     Returns:
-        The sampling of clips.
+        How clips and images are sampled.
     """
     video_processor, image_processor = processor.video_processor, processor.image_processor
-    sampling = resolve_sampling(dialect, given, video_processor, timestamps)
-    if dialect == "qwen_finetune":
+    sampling = resolve_sampling(dialect, given, video_processor, timestamps, trained and trained.clips)
+    size = image_processor.size
+    pixels = size.shortest_edge, size.longest_edge
+    if trained is not None and trained.clips.dialect == sampling.dialect:
+        pixels = trained.image_pixels
+    if sampling.dialect == "qwen_finetune":
         video_processor.fps = sampling.fps
         video_processor.min_frames = sampling.min_frames
         video_processor.max_frames = sampling.max_frames
         video_processor.size = _bounded(video_processor.size, sampling.min_pixels, sampling.max_pixels)
-        size = image_processor.size
-        least = given.get("image_min_pixels", size.shortest_edge)
-        most = given.get("image_max_pixels", size.longest_edge)
-        if not 0 < least <= most:
-            raise SamplingError(f"image_min_pixels is {least} and image_max_pixels {most}; the first must be smaller")
-        image_processor.size = _bounded(size, least, most)
-    return sampling
+        pixels = _image_bounds(given, pixels)
+    image_processor.size = _bounded(size, *pixels)
+    return Contract(sampling, pixels)
 
 
 def _bounded(size: Any, least: int, most: int) -> Any:

@@ -22,6 +22,7 @@ from . import DISABLE_VARIABLE
 if TYPE_CHECKING:
     from .data.loader import RecordEncoder
     from .video.clip import ClipReader
+    from .video.contract import Contract
 
 TEMPLATE, THINKING_TEMPLATE, FORMATTING = "qwen3_vl_video", "qwen3_vl_video_thinking", "video_conversation"
 SUPPORTED_VERSIONS = "0.9.5"
@@ -95,6 +96,7 @@ def _hparams_parser(parser: ModuleType) -> None:
             parsed[0].video_template = finetuning_args.video_template = ours
             _check_keys_fit_template(parsed[0], parsed[1], finetuning_args)
             for training_args in (p for p in parsed if hasattr(p, "do_train")):
+                parsed[0].video_training = training_args.do_train
                 if ours and finetuning_args.stage != "sft":
                     raise ValueError(
                         f"stage: {finetuning_args.stage} does not go with template {parsed[1].template}, which trains "
@@ -205,8 +207,8 @@ def _check_keys_fit_template(model_args: Any, data_args: Any, finetuning_args: A
             if given[least] > given[most]:
                 raise ValueError(f"`{most}` cannot be smaller than `{least}`.")
     ours = {
-        "video_sampling": model_args.video_sampling != "llamafactory",
-        "video_timestamps": model_args.video_timestamps != "pts",
+        "video_sampling": model_args.video_sampling is not None,
+        "video_timestamps": model_args.video_timestamps is not None,
         "video_min_frames": model_args.video_min_frames is not None,
         "video_total_pixels": model_args.video_total_pixels is not None,
         "video_fit": data_args.video_fit != "error",
@@ -622,6 +624,22 @@ def _data_collator(collator: ModuleType) -> None:
 # --- Model and optimizer ---------------------------------------------------------------------------------------------
 
 
+def _trained_contract(model_args: Any) -> "tuple[str, Contract] | None":
+    """How the model was sampled when it was trained, and the folder that says so; an adapter's before its model's."""
+    from transformers.utils import cached_file
+
+    from .video.contract import FILE, agreed, read_contract
+
+    def find(name: str, **options: Any) -> "list[tuple[str, Contract]]":
+        options = {**options, "cache_dir": model_args.cache_dir, "token": model_args.hf_hub_token}
+        errors = ("gated_repo", "missing_entries", "connection_errors")
+        file = cached_file(name, FILE, **options, **{f"_raise_exceptions_for_{error}": False for error in errors})
+        return [] if file is None else [(name, read_contract(Path(file)))]
+
+    adapters = [pair for name in model_args.adapter_name_or_path or () for pair in find(name)]
+    return agreed(adapters or find(model_args.model_name_or_path, revision=model_args.model_revision))
+
+
 def _model_patcher(patcher: ModuleType) -> None:
     """Sampling settings go onto the processor, where LLaMA-Factory's own go."""
     stock = patcher.patch_processor
@@ -632,18 +650,31 @@ def _model_patcher(patcher: ModuleType) -> None:
             from .arguments import apply_to_processor, frame_cache, take_trained_processors
             from .video.cache import GIB
             from .video.clip import ClipReader
-
-            if model_args.video_sampling == "qwen_finetune":
-                take_trained_processors(processor, model_args.adapter_name_or_path or ())
+            from .video.contract import difference, write_contract
 
             if not tokenizer.chat_template:
                 tokenizer.chat_template = processor.chat_template
-            sampling = apply_to_processor(
-                model_args.video_sampling, model_args.given_video_keys, processor, model_args.video_timestamps
+            found = _trained_contract(model_args)
+            if found is None and model_args.video_sampling == "qwen_finetune":
+                take_trained_processors(processor, model_args.adapter_name_or_path or ())
+            name, trained = found or ("", None)
+            contract = apply_to_processor(
+                model_args.video_sampling, model_args.given_video_keys, processor, model_args.video_timestamps, trained
             )
+            if trained is not None and (changed := difference(trained, contract)):
+                say = patcher.logger.info_rank0 if model_args.video_training else patcher.logger.warning_rank0
+                say(f"Sampling differs from how {name} was trained: {changed}")
             processor.clip_reader = ClipReader(
-                sampling, timeout=model_args.video_timeout, remote=int(model_args.video_remote_gb * GIB)
+                contract.clips, timeout=model_args.video_timeout, remote=int(model_args.video_remote_gb * GIB)
             )
+            save = processor.save_pretrained
+
+            def save_pretrained(folder: Any, *args: Any, **kwargs: Any) -> Any:
+                saved = save(folder, *args, **kwargs)
+                write_contract(Path(folder), contract)
+                return saved
+
+            processor.save_pretrained = save_pretrained
             # The cache is made when a template of ours asks for the reader.
             processor.make_frame_cache = functools.partial(frame_cache, model_args, patcher.logger.info_rank0)
 

@@ -27,7 +27,7 @@ from ..data.conversation import (
 )
 from ..video.clip import ClipReader
 from ..video.probe import ClipError, open_picture, picture_size
-from ..video.sampling import FramePlan, Sampling, SamplingError, image_size, smart_resize
+from ..video.sampling import FramePlan, Sampling, SamplingError, image_size, tokens_of_image
 from .patches import frames_to_patches
 
 IGNORE_INDEX = -100
@@ -43,16 +43,11 @@ class TemplateError(ValueError):
 
 def count_image_tokens(image: Any, image_processor: Any, sampling: Sampling) -> int:
     """Visual tokens of an image; see `probe.open_picture` for what an image may be."""
-    height, width = picture_size(image)
-    factor = image_processor.patch_size * image_processor.merge_size
     size = image_processor.size
     try:
-        height, width = image_size(height, width, sampling) or (height, width)
-        if sampling.dialect != "qwen_vl_utils":
-            height, width = smart_resize(height, width, factor, size.shortest_edge, size.longest_edge)
+        return tokens_of_image(*picture_size(image), sampling, size.shortest_edge, size.longest_edge)
     except SamplingError as error:
         raise ClipError(f"{image}: {error}") from error
-    return height * width // factor**2
 
 
 def read_image(image: Any, sampling: Sampling) -> Image.Image:

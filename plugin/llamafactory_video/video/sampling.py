@@ -298,6 +298,21 @@ def image_size(height: int, width: int, sampling: Sampling) -> tuple[int, int] |
     return llamafactory_size(height, width, *sampling.image_bounds)
 
 
+def tokens_of_image(height: int, width: int, sampling: Sampling, least: int, most: int) -> int:
+    """Visual tokens of an image.
+
+    Args:
+        least, most: pixels that the image processor allows.
+
+    Raises:
+        SamplingError: if one side is over 200 times the other.
+    """
+    height, width = image_size(height, width, sampling) or (height, width)
+    if sampling.dialect != "qwen_vl_utils":
+        height, width = smart_resize(height, width, sampling.factor, least, most)
+    return height * width // sampling.factor**2
+
+
 def select_span(info: ClipInfo, sampling: Sampling, start: float | None, end: float | None) -> range:
     """The frame numbers between two times, in seconds; None leaves that side open.
 

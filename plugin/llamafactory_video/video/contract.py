@@ -1,0 +1,115 @@
+"""How clips and pictures were sampled when a model was trained, in a small file of its folder: `video_sampling.json`.
+
+Training and export write it into every folder that they save, whole, in any dialect; whatever loads such a folder
+samples so without being told. An adapter's folder comes before its base model's.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from .sampling import ClipInfo, Sampling, SamplingError, plan_frames, tokens_of_image
+
+FILE = "video_sampling.json"
+_FORMAT = 1
+_ABOUT = (
+    "How clips and pictures were sampled when this model was trained. llamafactory-video samples so when it loads this "
+    "folder. Dialects: qwen_finetune, where pixels count the whole clip (frames x height x width); llamafactory and "
+    "qwen_vl_utils, where they count one frame."
+)
+# What a difference is shown by.
+_CLIP = ClipInfo(num_frames=300, fps=30.0, duration=10.0, height=720, width=1280)
+
+
+@dataclass(frozen=True)
+class Contract:
+    """How clips and pictures are sampled.
+
+    Attributes:
+        clips: of clips, resolved.
+        image_pixels: least and greatest pixels of a picture, of the image processor.
+    """
+
+    clips: Sampling
+    image_pixels: tuple[int, int]
+
+
+def write_contract(folder: Path, contract: Contract) -> None:
+    """Write a folder's `video_sampling.json`."""
+    least, most = contract.image_pixels
+    record = {
+        "about": _ABOUT,
+        "format": _FORMAT,
+        "clips": asdict(contract.clips),
+        "images": {"min_pixels": least, "max_pixels": most},
+    }
+    (folder / FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def read_contract(file: Path) -> Contract:
+    """The contract in a `video_sampling.json`.
+
+    Raises:
+        ValueError: naming the file, if it is none that can be read.
+    """
+    try:
+        record = json.loads(Path(file).read_text(encoding="utf-8"))
+        if record["format"] != _FORMAT:
+            raise ValueError(f"its format is {record['format']}, and this release reads {_FORMAT}; update the plugin")
+        clips, images = record["clips"], record["images"]
+        unknown = clips.keys() - {field.name for field in fields(Sampling)}
+        if unknown:
+            raise ValueError(f"unknown settings {', '.join(sorted(unknown))}; update the plugin")
+        if clips.get("image_bounds"):
+            clips["image_bounds"] = tuple(clips["image_bounds"])
+        return Contract(Sampling(**clips), (images["min_pixels"], images["max_pixels"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{file}: {what}. Write it anew by exporting or training, or remove it") from error
+
+
+def agreed(found: Sequence[tuple[str, Contract]]) -> tuple[str, Contract] | None:
+    """The one contract of several adapters, with the folder that it comes from; None if there is none.
+
+    Raises:
+        ValueError: if adapters disagree, naming them.
+    """
+    for name, contract in found[1:]:
+        if contract != found[0][1]:
+            raise ValueError(
+                f"the adapters {found[0][0]} and {name} were trained with other sampling: "
+                f"{difference(found[0][1], contract)}. Use adapters that agree, or merge one of them first"
+            )
+    return found[-1] if found else None
+
+
+def difference(before: Contract, after: Contract) -> str:
+    """What a change means for a clip of 10 s and a picture, in a line; "" where nothing changes."""
+    old, new = asdict(before.clips), asdict(after.clips)
+    names = [f"{name} {old[name]} -> {new[name]}" for name in old if old[name] != new[name]]
+    if before.image_pixels != after.image_pixels:
+        names.append(f"pixels of a picture {before.image_pixels} -> {after.image_pixels}")
+    if not names:
+        return ""
+    shown = " -> ".join(_clip_text(contract.clips) for contract in (before, after))
+    pictures = [_picture_tokens(contract) for contract in (before, after)]
+    picture = (
+        f"; one picture of that size: {pictures[0]} -> {pictures[1]} visual tokens" if len(set(pictures)) > 1 else ""
+    )
+    return f"{', '.join(names)}. A clip of 10 s at 1280 x 720, 30 frames/s: {shown}{picture}"
+
+
+def _clip_text(sampling: Sampling) -> str:
+    try:
+        plan = plan_frames(_CLIP, sampling)
+    except SamplingError as error:
+        return str(error)
+    return f"{len(plan.indices)} frames of {plan.width} x {plan.height}, {plan.num_tokens} visual tokens"
+
+
+def _picture_tokens(contract: Contract) -> int | str:
+    try:
+        return tokens_of_image(_CLIP.height, _CLIP.width, contract.clips, *contract.image_pixels)
+    except SamplingError as error:
+        return str(error)
