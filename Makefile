@@ -28,6 +28,7 @@ test: setup
 	$(BIN)/pytest
 
 thorough: setup
+	$(BIN)/pip install --disable-pip-version-check -q -e ".[thorough]"
 	THOROUGH=1 $(BIN)/pytest
 
 clean:

@@ -39,8 +39,11 @@ UNFROZEN = {"freeze_vision_tower": False, "freeze_multi_modal_projector": False}
 
 
 def needs(package: str, *values) -> pytest.param:
-    skip = pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"{package} is not installed")
-    return pytest.param(*values, marks=skip)
+    """Values of a test with a package of the extra thorough, which `make thorough` installs."""
+    return pytest.param(*values, marks=pytest.mark.thorough if package in EXTRA else [])
+
+
+EXTRA = ("bitsandbytes", "galore_torch", "apollo_torch")
 
 
 @pytest.fixture(scope="module")
