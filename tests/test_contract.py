@@ -20,6 +20,7 @@ from llamafactory_video.hooks import recipe_data
 from llamafactory_video.video.contract import FILE, Contract, agreed, difference, read_contract, write_contract
 from llamafactory_video.video.sampling import Sampling
 from PIL import Image
+from safetensors.torch import load_file
 
 # Of each dialect: keys of a recipe, none of them the default.
 DIALECTS = {
@@ -280,3 +281,45 @@ def test_a_folder_without_a_contract_is_as_before(home, trained, tmp_path):
     model_args = get_infer_args({"template": "qwen3_vl_video", "model_name_or_path": str(plain)})[0]
     sampling = load_tokenizer(model_args)["processor"].clip_reader.sampling
     assert (sampling.dialect, sampling.fps, sampling.max_frames) == ("llamafactory", 2.0, 128)
+
+
+# --- Export ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_usual_export_carries_all_that_training_had(home, trained, tmp_path):
+    """Tokens that were added for training, chat template and generation settings, without a key that names them."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, GenerationConfig
+
+    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+    tokens = {"add_special_tokens": "<t_0>,<t_1>", "add_tokens": "凯爹", "resize_vocab": True}
+    targets = {"additional_target": "embed_tokens,lm_head"}
+    run_exp(recipe(home, output_dir=str(adapter), video_sampling="qwen_finetune", **LORA, **tokens, **targets))
+    usual = {**where(home, adapter, "lora"), "template": "qwen3_vl_video"}
+    export_model({**usual, "export_dir": str(merged)})
+
+    taught, found = AutoTokenizer.from_pretrained(adapter), AutoTokenizer.from_pretrained(merged)
+    text = "<t_0>凯爹<t_1>"
+    assert found(text).input_ids == taught(text).input_ids and len(found(text).input_ids) == 3
+    assert found.get_vocab() == taught.get_vocab() and found.all_special_tokens == taught.all_special_tokens
+    model_args = get_infer_args(usual)[0]
+    assert load_tokenizer(model_args)["tokenizer"](text).input_ids == taught(text).input_ids  # chat with the adapter
+    assert AutoProcessor.from_pretrained(merged).chat_template == AutoProcessor.from_pretrained(adapter).chat_template
+    settings = [GenerationConfig.from_pretrained(folder).to_dict() for folder in (home / "model", merged)]
+    assert settings[0].pop("transformers_version") and settings[1].pop("transformers_version")
+    assert settings[0] == settings[1]
+    rows = AutoModelForImageTextToText.from_pretrained(merged).get_input_embeddings().weight
+    (own,) = (w for n, w in load_file(adapter / "adapter_model.safetensors").items() if "embed_tokens" in n)
+    torch.testing.assert_close(rows.float(), own.to(rows.dtype).float()[: len(rows)])
+    assert rows.shape[0] >= len(taught) and read_contract(merged / FILE) == read_contract(adapter / FILE)
+
+
+def test_adapters_with_tokens_at_the_same_places_are_told_apart(home, tmp_path):
+    adapters = []
+    for name in ("a", "b"):
+        adapters.append(str(tmp_path / name))
+        keys = {"add_special_tokens": f"<{name}>", "resize_vocab": True, "additional_target": "embed_tokens,lm_head"}
+        run_exp(recipe(home, output_dir=adapters[-1], video_sampling="qwen_finetune", **LORA, **keys))
+    keys = {"model_name_or_path": str(home / "model"), "adapter_name_or_path": ",".join(adapters)}
+    model_args = get_infer_args({**keys, "finetuning_type": "lora", "template": "qwen3_vl_video"})[0]
+    with pytest.raises(ValueError, match=r"b was trained with the token <b> at \d+, and here it is at \d+"):
+        load_tokenizer(model_args)

@@ -624,25 +624,64 @@ def _data_collator(collator: ModuleType) -> None:
 # --- Model and optimizer ---------------------------------------------------------------------------------------------
 
 
-def _trained_contract(model_args: Any) -> "tuple[str, Contract] | None":
-    """How the model was sampled when it was trained, and the folder that says so; an adapter's before its model's."""
+def _saved_file(name: str, file: str, model_args: Any, **options: Any) -> str | None:
+    """A file beside a model or an adapter, in its folder or on the hub; None if there is none."""
     from transformers.utils import cached_file
 
+    options = {**options, "cache_dir": model_args.cache_dir, "token": model_args.hf_hub_token}
+    errors = ("gated_repo", "missing_entries", "connection_errors")
+    return cached_file(name, file, **options, **{f"_raise_exceptions_for_{error}": False for error in errors})
+
+
+def _trained_contract(model_args: Any) -> "tuple[str, Contract] | None":
+    """How the model was sampled when it was trained, and the folder that says so; an adapter's before its model's."""
     from .video.contract import FILE, agreed, read_contract
 
     def find(name: str, **options: Any) -> "list[tuple[str, Contract]]":
-        options = {**options, "cache_dir": model_args.cache_dir, "token": model_args.hf_hub_token}
-        errors = ("gated_repo", "missing_entries", "connection_errors")
-        file = cached_file(name, FILE, **options, **{f"_raise_exceptions_for_{error}": False for error in errors})
+        file = _saved_file(name, FILE, model_args, **options)
         return [] if file is None else [(name, read_contract(Path(file)))]
 
     adapters = [pair for name in model_args.adapter_name_or_path or () for pair in find(name)]
     return agreed(adapters or find(model_args.model_name_or_path, revision=model_args.model_revision))
 
 
+def _add_trained_tokens(tokenizer: Any, model_args: Any, log: Callable[[str], None]) -> None:
+    """Tokens that adapters were trained with and their model's tokenizer lacks, at the places that they had.
+
+    Raises:
+        ValueError: if such a place is taken by another token.
+    """
+    from transformers import AutoTokenizer
+
+    for name in model_args.adapter_name_or_path or ():
+        if _saved_file(name, "tokenizer_config.json", model_args) is None:
+            continue
+        known, added = tokenizer.get_vocab(), []
+        for number, token in sorted(AutoTokenizer.from_pretrained(name).added_tokens_decoder.items()):
+            if token.content not in known:
+                tokenizer.add_tokens([token], special_tokens=token.special)
+                added.append(token.content)
+            found = tokenizer.convert_tokens_to_ids(token.content)
+            if found != number:
+                raise ValueError(
+                    f"{name} was trained with the token {token.content} at {number}, and here it is at {found}: its model "
+                    "or another adapter has other tokens. Give the model that it was trained on"
+                )
+        if added:
+            model_args.resize_vocab = True
+            log(
+                f"{name} was trained with {len(added)} more tokens than its model has: {', '.join(added)}. They are added."
+            )
+
+
 def _model_patcher(patcher: ModuleType) -> None:
     """Sampling settings go onto the processor, where LLaMA-Factory's own go."""
-    stock = patcher.patch_processor
+    stock, stock_tokenizer = patcher.patch_processor, patcher.patch_tokenizer
+
+    def patch_tokenizer(tokenizer: Any, model_args: Any) -> None:
+        if model_args.video_template:
+            _add_trained_tokens(tokenizer, model_args, patcher.logger.info_rank0)
+        stock_tokenizer(tokenizer, model_args)
 
     def patch_processor(processor: Any, tokenizer: Any, model_args: Any) -> None:
         stock(processor, tokenizer, model_args)
@@ -679,6 +718,7 @@ def _model_patcher(patcher: ModuleType) -> None:
             processor.make_frame_cache = functools.partial(frame_cache, model_args, patcher.logger.info_rank0)
 
     _replace(patcher, "patch_processor", patch_processor)
+    _replace(patcher, "patch_tokenizer", patch_tokenizer)
 
 
 def _model_loader(loader: ModuleType) -> None:
@@ -936,7 +976,11 @@ TABLE: dict[str, tuple[dict[str, str], Callable[[ModuleType], None]]] = {
         _data_loader,
     ),
     "llamafactory.model.patcher": (
-        {"patch_processor": "processor tokenizer model_args", "logger": ""},
+        {
+            "patch_processor": "processor tokenizer model_args",
+            "patch_tokenizer": "tokenizer model_args",
+            "logger": "",
+        },
         _model_patcher,
     ),
     "llamafactory.model.model_utils.visual": (
