@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +18,16 @@ from llamafactory.train.tuner import export_model, run_exp
 from llamafactory_video.arguments import resolve_sampling
 from llamafactory_video.demo.tiny_model import build_processor, save_tiny_model
 from llamafactory_video.hooks import recipe_data
-from llamafactory_video.video.contract import FILE, Contract, agreed, difference, read_contract, write_contract
-from llamafactory_video.video.sampling import Sampling
+from llamafactory_video.video.contract import (
+    FILE,
+    Contract,
+    agreed,
+    difference,
+    nearest,
+    read_contract,
+    write_contract,
+)
+from llamafactory_video.video.sampling import ClipInfo, Sampling, plan_frames
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -205,18 +214,18 @@ def shown_in_training(home, file, **keys) -> dict:
     return collate([item])
 
 
-def shown_in_chat(home, **keys) -> dict:
+def shown_in_chat(home, question="<video><image>看", pictures=("a.png",), **keys) -> dict:
     """The same as chat and the API ask for it, but for the answer."""
     model_args, data_args, _, _ = get_infer_args({"template": "qwen3_vl_video", "video_cache": False, **keys})
     module = load_tokenizer(model_args)
     tokenizer, processor = module["tokenizer"], module["processor"]
     template = get_template_and_fix_tokenizer(tokenizer, data_args)
-    plugin, images, videos = template.mm_plugin, [str(home / "a.png")], [str(home / "a.mp4")]
-    messages = [{"role": "user", "content": "<video><image>看"}, {"role": "assistant", "content": ""}]
+    plugin, images, videos = template.mm_plugin, [str(home / name) for name in pictures], [str(home / "a.mp4")]
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": ""}]
     messages = plugin.process_messages(messages, images, videos, [], processor)
     ids, _ = template.encode_oneturn(tokenizer, messages)
     ids, _ = plugin.process_token_ids(list(ids), None, images, videos, [], tokenizer, processor)
-    inputs = plugin.get_mm_inputs(images, videos, [], [1], [1], [0], [ids], processor)
+    inputs = plugin.get_mm_inputs(images, videos, [], [len(images)], [1], [0], [ids], processor)
     return {"input_ids": torch.tensor([ids]), **inputs}
 
 
@@ -281,6 +290,41 @@ def test_a_folder_without_a_contract_is_as_before(home, trained, tmp_path):
     model_args = get_infer_args({"template": "qwen3_vl_video", "model_name_or_path": str(plain)})[0]
     sampling = load_tokenizer(model_args)["processor"].clip_reader.sampling
     assert (sampling.dialect, sampling.fps, sampling.max_frames) == ("llamafactory", 2.0, 128)
+
+
+# --- Plain transformers ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "merged"])
+def test_plain_transformers_shows_the_same_by_the_readmes_own_lines(home, trained, kind):
+    folder = trained("qwen_finetune", kind)
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(from transformers import AutoProcessor\n.*?)```", readme, re.DOTALL)
+    for path, there in (("output/wzry_full", folder), ("data/wzry/4/1.mp4", home / "a.mp4")):
+        assert path in code
+        code = code.replace(path, str(there))
+    found = {}
+    exec(code, found)
+    question = found["messages"][0]["content"][1]["text"]
+    asked = shown_in_chat(home, question=f"<video>{question}", pictures=(), **where(home, folder, kind))
+    for name in ("input_ids", "video_grid_thw", "pixel_values_videos"):
+        assert torch.equal(found["inputs"][name], asked[name]), name
+    assert found["processor"].video_processor.cap_pixels_per_frame is False
+
+
+@pytest.mark.parametrize("dialect", ["llamafactory", "qwen_vl_utils"])
+def test_a_dialect_that_cannot_be_told_is_written_as_near_as_can_be(home, trained, dialect):
+    from transformers import AutoProcessor
+
+    folder = trained(dialect, "full")
+    sampling = read_contract(folder / FILE).clips
+    near, written = nearest(sampling), AutoProcessor.from_pretrained(folder).video_processor
+    assert (written.fps, written.min_frames, written.max_frames) == (3, sampling.min_frames, sampling.max_frames)
+    assert (written.size.shortest_edge, written.size.longest_edge) == (near.min_pixels, near.max_pixels)
+    info = ClipInfo(300, 30.0, 10.0, 720, 1280)
+    ours, theirs = plan_frames(info, sampling), plan_frames(info, near)
+    assert ours.indices[::2] == pytest.approx(theirs.indices[::2], abs=2)
+    assert theirs.num_tokens == pytest.approx(ours.num_tokens, rel=0.3)
 
 
 # --- Export ----------------------------------------------------------------------------------------------------------

@@ -367,13 +367,19 @@ def apply_to_processor(
     if trained is not None and trained.clips.dialect == sampling.dialect:
         pixels = trained.image_pixels
     if sampling.dialect == "qwen_finetune":
-        video_processor.fps = sampling.fps
-        video_processor.min_frames = sampling.min_frames
-        video_processor.max_frames = sampling.max_frames
-        video_processor.size = _bounded(video_processor.size, sampling.min_pixels, sampling.max_pixels)
+        tell_processor(video_processor, sampling)
         pixels = _image_bounds(given, pixels)
     image_processor.size = _bounded(size, *pixels)
     return Contract(sampling, pixels)
+
+
+def tell_processor(video_processor: Any, sampling: Sampling) -> None:
+    """Write a `qwen_finetune` sampling into transformers' video processor."""
+    video_processor.fps = sampling.fps
+    video_processor.min_frames, video_processor.max_frames = sampling.min_frames, sampling.max_frames
+    video_processor.size = _bounded(video_processor.size, sampling.min_pixels, sampling.max_pixels)
+    # A bound on each frame, which transformers from 5.16 on warns of and means to set by default.
+    video_processor.cap_pixels_per_frame = False
 
 
 def _bounded(size: Any, least: int, most: int) -> Any:

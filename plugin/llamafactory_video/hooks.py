@@ -645,6 +645,34 @@ def _trained_contract(model_args: Any) -> "tuple[str, Contract] | None":
     return agreed(adapters or find(model_args.model_name_or_path, revision=model_args.model_revision))
 
 
+def _save_with_contract(processor: Any, contract: "Contract", log: Callable[[str], None]) -> None:
+    """Have a processor write the contract wherever it is saved, and for plain transformers what comes nearest to it."""
+    from .arguments import tell_processor
+    from .video.contract import Contract, difference, nearest, write_contract
+
+    save, told = processor.save_pretrained, []
+
+    def save_pretrained(folder: Any, *args: Any, **kwargs: Any) -> Any:
+        video_processor, own = processor.video_processor, copy(processor.video_processor)
+        near = nearest(contract.clips)
+        if near != contract.clips and not told:
+            told.append(True)
+            log(
+                f"transformers without this plugin cannot sample as {contract.clips.dialect} does. For it, {folder} has "
+                f"what comes nearest: {difference(contract, Contract(near, contract.image_pixels))}"
+            )
+        tell_processor(own, near)
+        processor.video_processor = own
+        try:
+            saved = save(folder, *args, **kwargs)
+        finally:
+            processor.video_processor = video_processor
+        write_contract(Path(folder), contract)
+        return saved
+
+    processor.save_pretrained = save_pretrained
+
+
 def _add_trained_tokens(tokenizer: Any, model_args: Any, log: Callable[[str], None]) -> None:
     """Tokens that adapters were trained with and their model's tokenizer lacks, at the places that they had.
 
@@ -689,7 +717,7 @@ def _model_patcher(patcher: ModuleType) -> None:
             from .arguments import apply_to_processor, frame_cache, take_trained_processors
             from .video.cache import GIB
             from .video.clip import ClipReader
-            from .video.contract import difference, write_contract
+            from .video.contract import difference
 
             if not tokenizer.chat_template:
                 tokenizer.chat_template = processor.chat_template
@@ -706,14 +734,7 @@ def _model_patcher(patcher: ModuleType) -> None:
             processor.clip_reader = ClipReader(
                 contract.clips, timeout=model_args.video_timeout, remote=int(model_args.video_remote_gb * GIB)
             )
-            save = processor.save_pretrained
-
-            def save_pretrained(folder: Any, *args: Any, **kwargs: Any) -> Any:
-                saved = save(folder, *args, **kwargs)
-                write_contract(Path(folder), contract)
-                return saved
-
-            processor.save_pretrained = save_pretrained
+            _save_with_contract(processor, contract, patcher.logger.warning_rank0)
             # The cache is made when a template of ours asks for the reader.
             processor.make_frame_cache = functools.partial(frame_cache, model_args, patcher.logger.info_rank0)
 

@@ -100,6 +100,29 @@ def difference(before: Contract, after: Contract) -> str:
     return f"{', '.join(names)}. A clip of 10 s at 1280 x 720, 30 frames/s: {shown}{picture}"
 
 
+def nearest(sampling: Sampling) -> Sampling:
+    """What transformers' own processor can be told that comes nearest: itself in `qwen_finetune`, whose meaning it has.
+
+    Other dialects bound the pixels of a frame, and the processor those of the whole clip: as many as the example clip has.
+    """
+    if sampling.dialect == "qwen_finetune":
+        return sampling
+    plan = plan_frames(_CLIP, sampling)
+    frames = len(plan.indices)
+    size = plan.height * plan.width
+    least, most = (size if bound is None else bound for bound in (sampling.min_pixels, sampling.max_pixels))
+    told = {name: getattr(sampling, name) for name in ("patch_size", "temporal_patch_size", "merge_size")}
+    return Sampling(
+        "qwen_finetune",
+        fps=sampling.fps,
+        min_frames=sampling.min_frames,
+        max_frames=sampling.max_frames,
+        min_pixels=frames * min(least, size),
+        max_pixels=frames * max(most, size),
+        **told,
+    )
+
+
 def _clip_text(sampling: Sampling) -> str:
     try:
         plan = plan_frames(_CLIP, sampling)
