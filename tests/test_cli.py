@@ -179,7 +179,8 @@ def test_the_cache_is_built_once_and_used_by_training(home):
     )
 
 
-def test_check_tells_what_training_would_see(home):
+def test_check_tells_what_training_would_see(home, tmp_path):
+    home = shutil.copytree(home, tmp_path / "home")  # whose records are changed here
     file, _ = recipe(home, "check")
     result = run_anew("lmf-video", "check", file)
     assert result.returncode == 0, result.stderr[-3000:]
