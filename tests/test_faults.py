@@ -82,6 +82,8 @@ CALL = {"name": "f", "arguments": {}}
         ({"conversations": [HUMAN, {"from": "gpt", "value": [{"x": 1}]}]}, "conversations, value of an answer,"),
         ({"conversations": [HUMAN, {"from": "function_call", "value": CALL}]}, "conversations, value of an answer,"),
         ({"tools": [{"name": "f"}], "conversations": [HUMAN, {"from": "gpt", "value": "a"}]}, "tools"),
+        ({"conversations": "no list", "tools": None}, None),
+        ({"conversations": ["no turn"]}, None),
         ({"tools": '[{"name": "f"}]', "conversations": [HUMAN, {"from": "gpt", "value": "a"}]}, None),
         (
             {

@@ -428,7 +428,10 @@ def _merged_objects(record: Any, keys: RecordKeys) -> str | None:
             return name
     roles = dict(keys.roles)
     for name in keys.messages:
-        for turn in record.get(name) or ():
+        turns = record.get(name)
+        for turn in turns if isinstance(turns, list) else ():
+            if not isinstance(turn, dict):
+                continue  # wrong in another way, which the record's own check says
             role = next((roles.get(turn.get(key)) for key in keys.role if turn.get(key)), None)
             if role in (ASSISTANT, FUNCTION):
                 for key in keys.content:
