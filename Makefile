@@ -29,6 +29,7 @@ test: setup
 
 thorough: setup
 	$(BIN)/pip install --disable-pip-version-check -q -e ".[thorough]"
+	test -d .venv/transformers-5.24 || $(BIN)/pip install --disable-pip-version-check -q --target .venv/transformers-5.24 transformers==5.24.0
 	THOROUGH=1 $(BIN)/pytest
 
 clean:

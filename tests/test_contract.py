@@ -2,8 +2,11 @@
 
 import json
 import logging
+import os
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -295,21 +298,52 @@ def test_a_folder_without_a_contract_is_as_before(home, trained, tmp_path):
 # --- Plain transformers ----------------------------------------------------------------------------------------------
 
 
+def readmes_lines(folder: Path, clip: Path) -> str:
+    """The README's code for plain transformers, on a folder and a clip of ours."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(from transformers import AutoProcessor\n.*?)```", readme, re.DOTALL)
+    for path, there in (("output/wzry_full", folder), ("data/wzry/4/1.mp4", clip)):
+        assert path in code
+        code = code.replace(path, str(there))
+    return code
+
+
 @pytest.mark.parametrize("kind", ["full", "lora", "merged"])
 def test_plain_transformers_shows_the_same_by_the_readmes_own_lines(home, trained, kind):
     folder = trained("qwen_finetune", kind)
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(from transformers import AutoProcessor\n.*?)```", readme, re.DOTALL)
-    for path, there in (("output/wzry_full", folder), ("data/wzry/4/1.mp4", home / "a.mp4")):
-        assert path in code
-        code = code.replace(path, str(there))
     found = {}
-    exec(code, found)
+    exec(readmes_lines(folder, home / "a.mp4"), found)
     question = found["messages"][0]["content"][1]["text"]
     asked = shown_in_chat(home, question=f"<video>{question}", pictures=(), **where(home, folder, kind))
     for name in ("input_ids", "video_grid_thw", "pixel_values_videos"):
         assert torch.equal(found["inputs"][name], asked[name]), name
     assert found["processor"].video_processor.cap_pixels_per_frame is False
+
+
+@pytest.mark.thorough
+def test_a_newer_transformers_makes_the_same_pixels_and_times(home, trained, tmp_path):
+    """5.24, which knows a bound on each frame's pixels; it puts one more pair of marks around a clip, as README says."""
+    newer = Path(sys.prefix) / "transformers-5.24"
+    assert newer.is_dir(), "`make thorough` installs it"
+    code = readmes_lines(trained("qwen_finetune", "full"), home / "a.mp4")
+    code += (
+        "\nimport sys, torch, transformers\ntorch.save({**inputs, 'version': transformers.__version__}, sys.argv[1])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(newer), "LLAMAFACTORY_VIDEO_DISABLE": "1"}
+    command = [sys.executable, "-c", code, str(tmp_path / "newer.pt")]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "cap_pixels_per_frame" not in run.stderr
+    found, own = torch.load(tmp_path / "newer.pt", weights_only=False), {}
+    exec(readmes_lines(trained("qwen_finetune", "full"), home / "a.mp4"), own)
+    assert found["version"] == "5.24.0"
+    for name in ("video_grid_thw", "pixel_values_videos"):
+        assert torch.equal(found[name], own["inputs"][name]), name
+    decode = own["processor"].tokenizer.decode
+    marks = "<|vision_start|>", "<|vision_end|>"
+    texts = [decode(ids[0]) for ids in (own["inputs"]["input_ids"], found["input_ids"])]
+    begin, end = texts[0].index("<0."), texts[0].rindex(marks[1]) + len(marks[1])
+    assert texts[1] == f"{texts[0][:begin]}{marks[0]}{texts[0][begin:end]}{marks[1]}{texts[0][end:]}"
 
 
 @pytest.mark.parametrize("dialect", ["llamafactory", "qwen_vl_utils"])
