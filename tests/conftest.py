@@ -98,3 +98,19 @@ def told(monkeypatch):
         VideoTrainer, "__init__", lambda self, *args, log, **kwargs: prepare(self, *args, log=lines.append, **kwargs)
     )
     return lines
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small model, and data sets over clips and a picture (runs.py)."""
+    from runs import make_folder
+
+    return make_folder(tmp_path_factory.mktemp("training"))
+
+
+@pytest.fixture(scope="module")
+def keys(folder):
+    """A recipe over that folder."""
+    from runs import recipe_keys
+
+    return recipe_keys(folder)

@@ -6,19 +6,9 @@ import pytest
 import torch
 from llamafactory_video.train.audit import GradientAudit, GradientError
 from llamafactory_video.train.trainer import VideoTrainer
-from runs import Start, make_folder, recipe_keys, train
+from runs import Start, train
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import TrainerCallback
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_folder(tmp_path_factory.mktemp("training"))
-
-
-@pytest.fixture(scope="module")
-def keys(folder):
-    return recipe_keys(folder)
 
 
 class Cut(TrainerCallback):

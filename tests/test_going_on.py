@@ -5,17 +5,7 @@ import shutil
 
 import pytest
 from llamafactory_video.train.checkpoint import CheckpointError
-from runs import BATCH, LORA, make_folder, recipe_keys, train
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_folder(tmp_path_factory.mktemp("training"))
-
-
-@pytest.fixture(scope="module")
-def keys(folder):
-    return recipe_keys(folder)
+from runs import BATCH, LORA, train
 
 
 def test_a_finished_run_that_is_started_again_changes_nothing(keys, tmp_path):

@@ -19,19 +19,9 @@ from llamafactory_video.hooks import recipe_data
 from llamafactory_video.model.template import token_type_ids, vision_inputs
 from llamafactory_video.model.vision import call_vision_once
 from processes import Run
-from runs import BATCH, LORA, STEPS, Start, make_folder, recipe_keys, steps, train, write_recipe
+from runs import BATCH, LORA, STEPS, Start, steps, train, write_recipe
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_folder(tmp_path_factory.mktemp("training"))
-
-
-@pytest.fixture(scope="module")
-def keys(folder):
-    return recipe_keys(folder)
 
 
 def module(name: str) -> str:

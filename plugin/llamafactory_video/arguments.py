@@ -27,15 +27,8 @@ LLAMAFACTORY_DEFAULTS = {
 
 
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-# Of numbers that have a least value: it, and whether it is allowed itself.
-_LEAST = {
-    "video_timeout": (0, False),
-    "video_cache_gb": (0, False),
-    "video_remote_gb": (0, False),
-    "answer_json_indent": (0, True),
-    "vision_tower_lr": (0, True),
-    "mm_projector_lr": (0, True),
-}
+_ABOVE_0 = ("video_timeout", "video_cache_gb", "video_remote_gb")
+_AT_LEAST_0 = ("answer_json_indent", "vision_tower_lr", "mm_projector_lr")
 
 
 def check_keys(keys: Any, cls: type) -> None:
@@ -65,10 +58,10 @@ def check_keys(keys: Any, cls: type) -> None:
             right = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (
                 kind is bool
             )
-            if name in _LEAST:
-                least, itself = _LEAST[name]
-                wanted += f" {'of at least' if itself else 'above'} {least}"
-                right = right and (value > least or (itself and value == least))
+            if name in _ABOVE_0:
+                wanted, right = f"{wanted} above 0", right and value > 0
+            elif name in _AT_LEAST_0:
+                wanted, right = f"{wanted} of at least 0", right and value >= 0
             if kind is float and isinstance(value, str):
                 advice = "; YAML takes 1e-6 for a text and 1.0e-6 for a number"
         if not right:

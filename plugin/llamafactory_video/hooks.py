@@ -172,12 +172,10 @@ def _check_folders(logger: Any, model_args: Any, training_args: Any, finetuning_
             training_args.resume_from_checkpoint = before
     if not isinstance(before, str):
         return
-    adapter = None
-    if finetuning_args.finetuning_type in ("lora", "oft"):
-        adapter = {}
-        if finetuning_args.finetuning_type == "lora":
-            adapter = {"r": "lora_rank", "lora_alpha": "lora_alpha", "use_dora": "use_dora"}
-            adapter = {name: (key, getattr(finetuning_args, key)) for name, key in adapter.items()}
+    # Of a recipe that trains an adapter: what its weights depend on, by its name in adapter_config.json.
+    lora = {"r": "lora_rank", "lora_alpha": "lora_alpha", "use_dora": "use_dora"}
+    keys = {"lora": lora, "oft": {}}.get(finetuning_args.finetuning_type)
+    adapter = None if keys is None else {name: (key, getattr(finetuning_args, key)) for name, key in keys.items()}
     check_resumable(Path(before), finetuning_args.finetuning_type, adapter)
     if Path(folder, "train_results.json").is_file():
         logger.warning_rank0(
@@ -202,10 +200,9 @@ def _check_keys_fit_template(model_args: Any, data_args: Any, finetuning_args: A
         return
     for kind in ("video", "image"):  # which our keys fit to each other, and LLaMA-Factory refuses
         least, most = f"{kind}_min_pixels", f"{kind}_max_pixels"
-        if {least, most} & model_args.given_video_keys.keys() != {least, most}:
-            given = {**LLAMAFACTORY_DEFAULTS, **model_args.given_video_keys}
-            if given[least] > given[most]:
-                raise ValueError(f"`{most}` cannot be smaller than `{least}`.")
+        given = {**LLAMAFACTORY_DEFAULTS, **model_args.given_video_keys}
+        if given[least] > given[most]:
+            raise ValueError(f"`{most}` cannot be smaller than `{least}`.")
     ours = {
         "video_sampling": model_args.video_sampling is not None,
         "video_timestamps": model_args.video_timestamps is not None,

@@ -432,7 +432,7 @@ def _merged_objects(record: Any, keys: RecordKeys) -> str | None:
         for turn in turns if isinstance(turns, list) else ():
             if not isinstance(turn, dict):
                 continue  # wrong in another way, which the record's own check says
-            role = next((roles.get(turn.get(key)) for key in keys.role if turn.get(key)), None)
+            role = next((roles.get(turn[key]) for key in keys.role if isinstance(turn.get(key), str)), None)
             if role in (ASSISTANT, FUNCTION):
                 for key in keys.content:
                     value = turn.get(key)

@@ -44,22 +44,22 @@ def check_resumable(checkpoint: Path, finetuning_type: str, adapter: dict[str, t
     """
     if not checkpoint.is_dir():
         raise ValueError(f"resume_from_checkpoint: there is no folder {checkpoint}")
-    if not (checkpoint / "trainer_state.json").is_file() or not holds_optimizer(checkpoint):
-        inside = last_whole_checkpoint(checkpoint)
-        if inside is not None:
-            raise ValueError(
-                f"resume_from_checkpoint: {checkpoint} is the folder of a run, not of a checkpoint; give {inside}"
-            )
+    has_state, has_optimizer = (checkpoint / "trainer_state.json").is_file(), holds_optimizer(checkpoint)
+    inside = None if has_state and has_optimizer else last_whole_checkpoint(checkpoint)
+    if inside is not None:
+        raise ValueError(
+            f"resume_from_checkpoint: {checkpoint} is the folder of a run, not of a checkpoint; give {inside}"
+        )
     is_adapter = (checkpoint / "adapter_config.json").is_file()
     key = "adapter_name_or_path" if is_adapter else "model_name_or_path"
-    if not (checkpoint / "trainer_state.json").is_file():
+    if not has_state:
         raise ValueError(
             f"resume_from_checkpoint: {checkpoint} has no trainer_state.json, so it is no whole checkpoint of a run. "
             f"`{key}: {checkpoint}` starts a new run from weights that it holds"
         )
     if is_adapter != (adapter is not None):
         raise ValueError(f"{checkpoint} is of another finetuning_type than {finetuning_type}; give another output_dir")
-    if not holds_optimizer(checkpoint):
+    if not has_optimizer:
         raise ValueError(
             f"{checkpoint} holds weights alone (save_only_model), so no run can go on from it. Give another output_dir; "
             f"`{key}: {checkpoint}` starts a new run from these weights"

@@ -260,13 +260,14 @@ class VideoTrainer(Trainer):
         """
         if self._describe is not None and self.is_world_process_zero():
             folder, step = Path(self.args.output_dir), self.state.global_step
-            origin, earlier = folder, None
+            checkpoint = self.args.resume_from_checkpoint
+            origin, earlier = folder.resolve(), None
             if step:
-                origin = Path(self.args.resume_from_checkpoint).resolve().parent
+                origin = Path(checkpoint).resolve().parent
                 earlier = read_run_record(origin)
                 if earlier is None:  # of LLaMA-Factory without this plugin
                     self._check_rates()
-            is_another = origin.resolve() != folder.resolve()
+            is_another = origin != folder.resolve()
             record = self._describe(earlier=earlier, step=step, another=is_another)
             changed = record["history"][-1]["changed"] if record["history"] else {}
             lines = {
@@ -274,26 +275,25 @@ class VideoTrainer(Trainer):
                 for name, change in changed.items()
             }
             kept = [line for name, line in lines.items() if name in _IN_CHECKPOINT]
-            name = self.args.resume_from_checkpoint
             anew = (
                 "\nGive another output_dir and no resume_from_checkpoint; with the checkpoint's folder as model or adapter, "
                 "a new run starts from its weights."
             )
             if kept:
                 raise CheckpointError(
-                    f"resuming at step {step} from {name}, which brings its own values, so that these would have no "
+                    f"resuming at step {step} from {checkpoint}, which brings its own values, so that these would have no "
                     "effect:\n" + "\n".join(kept) + anew
                 )
             other_data = any(name.startswith("data.") for name in changed)
             if step and step >= self.state.max_steps and (is_another or other_data):
                 raise CheckpointError(
-                    f"resuming at step {step} from {name}, of {'another run' if is_another else 'other data'}: this "
+                    f"resuming at step {step} from {checkpoint}, of {'another run' if is_another else 'other data'}: this "
                     f"recipe has {self.state.max_steps} steps, so nothing would be trained." + anew
                 )
             write_run_record(folder, record)
             if lines:
                 self._tell(
-                    f"resuming at step {step} from {name} with a changed recipe. From here on, schedule and data are "
+                    f"resuming at step {step} from {checkpoint} with a changed recipe. From here on, schedule and data are "
                     "those of the recipe as it is now. Changed are:\n" + "\n".join(lines.values())
                 )
 

@@ -6,7 +6,6 @@ import io
 import logging
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO, TypeVar
@@ -16,7 +15,7 @@ import xxhash
 
 from ..data.conversation import Clip, decode_clip
 from .cache import GIB, FrameCache, content_hash, frame_key
-from .decode import DisagreementError, count_by_decoding, decode_frames, resize_frame, start
+from .decode import DisagreementError, count_by_decoding, deadline, decode_frames, resize_frame, start
 from .probe import ClipError, VideoFile, file_stamp, open_picture, picture_size, probe
 from .sampling import ClipInfo, FramePlan, Sampling, SamplingError, mean_rate, plan_frames
 
@@ -74,13 +73,12 @@ def spooled(stream: Any, most: int, timeout: float | None) -> BinaryIO:
     Raises:
         ClipError: if it has more, or takes longer.
     """
-    end = None if timeout is None else time.monotonic() + timeout
+    tick = deadline(timeout, "the remote clip took more than video_timeout, {:g} s, to arrive")
     file = tempfile.SpooledTemporaryFile(max_size=1 << 24)  # noqa: SIM115 - it goes with the clip
     while part := stream.read(1 << 20):
         if file.tell() + len(part) > most:
             raise ClipError(f"the remote clip has more than video_remote_gb, {most / GIB:g} GiB")
-        if end is not None and time.monotonic() > end:
-            raise ClipError(f"the remote clip took more than video_timeout, {timeout:g} s, to arrive")
+        tick()
         file.write(part)
     file.seek(0)
     return file

@@ -54,7 +54,7 @@ def read_contract(file: Path) -> Contract:
         ValueError: naming the file, if it is none that can be read.
     """
     try:
-        record = json.loads(Path(file).read_text(encoding="utf-8"))
+        record = json.loads(file.read_text(encoding="utf-8"))
         if record["format"] != _FORMAT:
             raise ValueError(f"its format is {record['format']}, and this release reads {_FORMAT}; update the plugin")
         clips, images = record["clips"], record["images"]

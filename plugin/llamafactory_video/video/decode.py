@@ -94,7 +94,7 @@ def decode_frames(
     places: dict[int, list[int]] = {}
     for place, index in enumerate(plan.indices):
         places.setdefault(index, []).append(place)
-    tick = _deadline(timeout)
+    tick = deadline(timeout)
 
     def read(find: Callable[..., Iterator[tuple[int, av.VideoFrame]]], threads: int) -> None:
         with open_container(source, timeout) as container:
@@ -222,7 +222,7 @@ def count_by_decoding(source: str | BinaryIO, file: VideoFile, timeout: float | 
             stream = video_stream(container)
             stream.codec_context.thread_count = 1
             stream.codec_context.options |= _STRICTLY
-            for packet, frames, failed in _tolerantly(container, stream, _deadline(timeout)):
+            for packet, frames, failed in _tolerantly(container, stream, deadline(timeout)):
                 if packet is not None and packet.size:
                     sent.append((packet.pts, packet.dts))
                 if failed:
@@ -324,13 +324,15 @@ def _increasing(seconds: Sequence[float]) -> list[int]:
     return chain[::-1]
 
 
-def _deadline(timeout: float | None) -> Callable[[], None]:
-    """A function that raises once `timeout` seconds have passed."""
+def deadline(
+    timeout: float | None, message: str = "decoding took more than video_timeout, {:g} s"
+) -> Callable[[], None]:
+    """A function that raises ClipError with that message once `timeout` seconds have passed."""
     end = None if timeout is None else time.monotonic() + timeout
 
     def tick() -> None:
         if end is not None and time.monotonic() > end:
-            raise ClipError(f"decoding took more than video_timeout, {timeout:g} s")
+            raise ClipError(message.format(timeout))
 
     return tick
 
