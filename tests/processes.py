@@ -4,6 +4,7 @@ A new interpreter takes ten seconds of imports for each command; a fork takes a 
 start from nothing too is tested once for each of them, in test_cli.py.
 """
 
+import contextlib
 import multiprocessing
 import os
 import resource
@@ -13,7 +14,8 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -57,6 +59,22 @@ def run(*words: str, stdin: str = "", **env: str) -> SimpleNamespace:
         assert process.exitcode is not None, f"{words} hang"
         out, err = (Path(folder, name).read_text(encoding="utf-8", errors="replace") for name in ("out", "err"))
     return SimpleNamespace(returncode=process.exitcode, stdout=out, stderr=err)
+
+
+@contextlib.contextmanager
+def serving(*words: str, **env: str) -> Iterator[BaseProcess]:
+    """The process of a command as `run` starts it, which goes on until it is no longer wanted."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "in").touch()
+        process = SERVER.Process(target=_call, args=(list(words), env, folder))
+        process.start()
+        try:
+            yield process
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.join()
+            sys.stdout.write(Path(folder, "out").read_text(encoding="utf-8", errors="replace"))
+            sys.stderr.write(Path(folder, "err").read_text(encoding="utf-8", errors="replace"))
 
 
 def _train(keys: dict, env: dict[str, str], largest_file: int | None) -> None:
