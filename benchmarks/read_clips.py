@@ -28,14 +28,15 @@ import av
 import numpy as np
 import torch
 from llamafactory.data.mm_plugin import get_mm_plugin
-from llamafactory_video.arguments import apply_to_processor
-from llamafactory_video.data.conversation import parse_record
-from llamafactory_video.data.loader import RecordEncoder, to_row
-from llamafactory_video.model.patches import frames_to_patches
+from llamafactory_video.host.processor import apply_to_processor
+from llamafactory_video.prompt.encoder import RecordEncoder
+from llamafactory_video.prompt.pixels import frames_to_patches
+from llamafactory_video.records.parse import parse_record
+from llamafactory_video.records.table import to_row
 from llamafactory_video.video import decode
 from llamafactory_video.video.cache import FrameCache
-from llamafactory_video.video.clip import ClipReader
 from llamafactory_video.video.probe import ClipError, probe
+from llamafactory_video.video.reader import ClipReader
 from tqdm import tqdm
 from transformers import AutoProcessor
 

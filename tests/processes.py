@@ -22,7 +22,9 @@ from types import SimpleNamespace
 import torch
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["llamafactory.train.tuner", "llamafactory.chat.chat_model", "llamafactory_video.cli"])
+SERVER.set_forkserver_preload(
+    ["llamafactory.train.tuner", "llamafactory.chat.chat_model", "llamafactory_video.tools.cli"]
+)
 BIN = Path(sys.executable).parent
 
 

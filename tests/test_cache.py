@@ -13,11 +13,11 @@ import time
 import numpy as np
 import pytest
 from conftest import THOROUGH, write_clip
-from llamafactory_video.data.conversation import Clip
+from llamafactory_video.media import Clip
 from llamafactory_video.video import cache as cache_module
-from llamafactory_video.video import clip as clip_module
+from llamafactory_video.video import reader as clip_module
 from llamafactory_video.video.cache import FrameCache
-from llamafactory_video.video.clip import ClipReader
+from llamafactory_video.video.reader import ClipReader
 from llamafactory_video.video.sampling import Sampling
 from PIL import Image
 

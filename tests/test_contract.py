@@ -18,9 +18,8 @@ from llamafactory.data import get_template_and_fix_tokenizer
 from llamafactory.hparams import get_infer_args, get_train_args
 from llamafactory.model import load_tokenizer
 from llamafactory.train.tuner import export_model, run_exp
-from llamafactory_video.arguments import resolve_sampling
 from llamafactory_video.demo.tiny_model import build_processor, save_tiny_model
-from llamafactory_video.hooks import recipe_data
+from llamafactory_video.host.recipe import recipe_data
 from llamafactory_video.video.contract import (
     FILE,
     Contract,
@@ -30,7 +29,9 @@ from llamafactory_video.video.contract import (
     read_contract,
     write_contract,
 )
-from llamafactory_video.video.sampling import ClipInfo, Sampling, plan_frames
+from llamafactory_video.video.dialects import resolve_sampling
+from llamafactory_video.video.plan import plan_frames
+from llamafactory_video.video.sampling import ClipInfo, Sampling
 from PIL import Image
 from safetensors.torch import load_file
 

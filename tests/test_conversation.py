@@ -6,15 +6,11 @@ import pytest
 from conftest import examples
 from hypothesis import given
 from hypothesis import strategies as st
-from llamafactory_video.data.conversation import (
-    Clip,
-    RecordKeys,
-    decode_clip,
-    json_text,
-    parse_record,
-    read_json,
-    take_inline_media,
-)
+from llamafactory_video.host.chat import take_inline_media
+from llamafactory_video.media import Clip
+from llamafactory_video.records.clips import RecordKeys, decode_clip
+from llamafactory_video.records.json_text import json_text, read_json
+from llamafactory_video.records.parse import parse_record
 
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from conftest import THOROUGH
 from drawing import CLIPS, KEPT, number_in
-from llamafactory_video.data.conversation import Clip
-from llamafactory_video.video import decode
-from llamafactory_video.video.clip import ClipReader
+from llamafactory_video.media import Clip
+from llamafactory_video.video import codecs, damage
 from llamafactory_video.video.codecs import FrameNumbers
-from llamafactory_video.video.decode import whole_frames
+from llamafactory_video.video.damage import whole_frames
 from llamafactory_video.video.probe import ClipError
+from llamafactory_video.video.reader import ClipReader
 from llamafactory_video.video.sampling import Sampling
 
 SAMPLING = Sampling("qwen_finetune", fps=1000, min_frames=1, max_frames=1000, min_pixels=4096, max_pixels=10**8)
@@ -242,7 +242,7 @@ def test_whole_frames_are_those_with_nothing_damaged_before_them():
     ],
 )
 def test_time_stamps_out_of_line_are_left_out(seconds, kept):
-    assert decode._increasing(seconds) == kept
+    assert damage._increasing(seconds) == kept
 
 
 @pytest.mark.parametrize("name", H264)
@@ -253,7 +253,7 @@ def test_frame_numbers_have_gaps_where_frames_are_missing_that_others_need(name)
         follow = FrameNumbers(stream)
         assert not any(follow.gap(packet) for packet in all_)
         # One that no other refers to (a B frame of these files) leaves none, a P frame does.
-        refers = decode.reference_test(stream)
+        refers = codecs.reference_test(stream)
         for missing in range(1, len(all_) - 1):
             if all_[missing].is_keyframe or all_[missing + 1].is_keyframe:
                 continue

@@ -17,12 +17,13 @@ from conftest import examples
 from drawing import X265, number_in, picture, write
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
-from llamafactory_video.data.conversation import Clip
-from llamafactory_video.video import clip as clip_module
+from llamafactory_video.media import Clip
 from llamafactory_video.video import decode
-from llamafactory_video.video.clip import ClipReader
+from llamafactory_video.video import reader as clip_module
 from llamafactory_video.video.decode import resize_frame
-from llamafactory_video.video.probe import ClipError, open_picture, picture_size
+from llamafactory_video.video.pictures import open_picture, picture_size
+from llamafactory_video.video.probe import ClipError
+from llamafactory_video.video.reader import ClipReader
 from llamafactory_video.video.sampling import Sampling
 
 SAMPLING = Sampling("qwen_finetune", fps=4, min_frames=2, max_frames=8, min_pixels=4096, max_pixels=10**8)

@@ -9,12 +9,15 @@ import time
 import pytest
 from conftest import write_clip
 from llamafactory.hparams import get_train_args
-from llamafactory_video.data import loader
-from llamafactory_video.data.conversation import RecordKeys, decode_clip, parse_record
-from llamafactory_video.data.loader import DatasetError, load_conversations
-from llamafactory_video.video import cache, clip, probe
-from llamafactory_video.video.clip import ClipReader, spooled
+from llamafactory_video.records import table as loader
+from llamafactory_video.records.clips import RecordKeys, decode_clip
+from llamafactory_video.records.parse import parse_record
+from llamafactory_video.records.report import DatasetError
+from llamafactory_video.records.table import load_conversations
+from llamafactory_video.video import cache, probe
+from llamafactory_video.video import reader as clip
 from llamafactory_video.video.probe import ClipError
+from llamafactory_video.video.reader import ClipReader, spooled
 from llamafactory_video.video.sampling import Sampling
 
 SAMPLING = Sampling("qwen_finetune", fps=4, min_frames=2, max_frames=8, min_pixels=4096, max_pixels=10**8)

@@ -7,20 +7,19 @@ import pytest
 from conftest import examples, write_clip
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
-from llamafactory_video.arguments import apply_to_processor
-from llamafactory_video.data.conversation import Clip, decode_clip, parse_record
-from llamafactory_video.data.loader import DatasetError, RecordEncoder, check_lengths, load_conversations, to_row
-from llamafactory_video.model.template import vision_inputs
-from llamafactory_video.video.clip import ClipReader
-from llamafactory_video.video.sampling import (
-    SHRINK_STAGES,
-    ClipInfo,
-    Sampling,
-    SamplingError,
-    most_tokens,
-    plan_frames,
-    shrink,
-)
+from llamafactory_video.host.processor import apply_to_processor
+from llamafactory_video.media import Clip
+from llamafactory_video.prompt.encoder import RecordEncoder
+from llamafactory_video.prompt.lengths import check_lengths
+from llamafactory_video.prompt.pixels import vision_inputs
+from llamafactory_video.records.clips import decode_clip
+from llamafactory_video.records.parse import parse_record
+from llamafactory_video.records.report import DatasetError
+from llamafactory_video.records.table import load_conversations, to_row
+from llamafactory_video.video.fit import SHRINK_STAGES, most_tokens, shrink
+from llamafactory_video.video.plan import plan_frames
+from llamafactory_video.video.reader import ClipReader
+from llamafactory_video.video.sampling import ClipInfo, Sampling, SamplingError
 
 infos = st.builds(
     lambda frames, fps, height, width: ClipInfo(frames, fps, frames / fps, height, width),

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from conftest import write_clip
-from llamafactory_video import hooks
 from llamafactory_video.demo.tiny_model import save_tiny_model
+from llamafactory_video.host import core, places
 
 PACKAGE = Path(importlib.util.find_spec("llamafactory").submodule_search_locations[0])
 
@@ -61,13 +61,13 @@ import os; del os.environ["LLAMAFACTORY_VIDEO_DISABLE"]
 import llamafactory_video
 llamafactory_video.register(); llamafactory_video.register()
 assert "qwen3_vl_video" in TEMPLATES
-from llamafactory_video import hooks
+from llamafactory_video.host import places
 import llamafactory.train.sft.workflow as workflow, llamafactory.model.loader as loader
 import llamafactory.train.sft.trainer as trainer, llamafactory.data.loader as data
 ours = [workflow.SFTDataCollatorWith4DAttentionMask, loader.patch_processor, trainer.create_custom_optimizer,
         data._load_single_dataset, data.PackedSupervisedDatasetProcessor]
-assert {f.__module__ for f in ours} == {"llamafactory_video.hooks"}, ours
-assert set(hooks.TABLE) <= hooks.installed
+assert all(f.__module__.startswith("llamafactory_video.host.") for f in ours), ours
+assert set(places.TABLE) <= places.installed
 print("done")
 """
     run = python(code, LLAMAFACTORY_VIDEO_DISABLE="1")
@@ -92,8 +92,8 @@ def test_a_missing_place_is_named(tmp_path, file, old, new, named):
         (copy / file).write_text(text.replace(old, new), encoding="utf-8")
     else:
         (copy / file).unlink()
-    with pytest.raises(hooks.UnsupportedLlamaFactory, match=named) as error:
-        hooks.check_places(copy)
+    with pytest.raises(core.UnsupportedLlamaFactory, match=named) as error:
+        places.check_places(copy)
     assert "works with LLaMA-Factory 0.9.5" in str(error.value)
 
 
@@ -257,7 +257,7 @@ def test_neat_packing_packs_what_we_encode(home, tmp_path):
 
 
 def test_too_long_is_said_and_never_cut(home, tmp_path):
-    from llamafactory_video.data.loader import DatasetError
+    from llamafactory_video.records.report import DatasetError
 
     with pytest.raises(
         DatasetError, match=r"clips.json, record 1 \(line \d+\): \d+ tokens, \d+ of them visual, are more than cutoff"
@@ -269,7 +269,7 @@ def test_too_long_is_said_and_never_cut(home, tmp_path):
 
 @pytest.mark.parametrize("keys", [{}, {"neat_packing": True}, {"streaming": True, "max_steps": 2}], ids=str)
 def test_what_is_shrunk_is_told_in_every_mode(home, tmp_path, keys):
-    from llamafactory_video.data.loader import DatasetError
+    from llamafactory_video.records.report import DatasetError
 
     keys = {"cutoff_len": 90, "video_min_pixels": 131072, "video_max_pixels": 262144, **keys}
     with pytest.raises(DatasetError, match="training: 6 of 6 records cannot be shown whole"):
@@ -307,7 +307,7 @@ def test_packed_prompts_and_pixels_agree_or_stop(home, tmp_path):
 
 def test_lengths_are_asked_for_without_decoding(home, tmp_path, monkeypatch):
     """As `group_by_length` and the saving of predictions do."""
-    from llamafactory_video.video import clip as clip_module
+    from llamafactory_video.video import reader as clip_module
 
     decoded = []
     decode = clip_module.decode_frames
@@ -388,7 +388,7 @@ def test_llamafactorys_defaults_keep_their_meaning(home, tmp_path):
 
 def test_nothing_is_tokenized_ahead(home, tmp_path, monkeypatch):
     """A million records would start at once: only the example that is printed is encoded."""
-    from llamafactory_video.data.loader import RecordEncoder
+    from llamafactory_video.prompt.encoder import RecordEncoder
 
     encoded = []
     encode = RecordEncoder.encode
@@ -401,7 +401,7 @@ def test_nothing_is_tokenized_ahead(home, tmp_path, monkeypatch):
 
 def test_data_sets_from_a_hub(home, tmp_path):
     """A local folder stands for the hub: LLaMA-Factory loads both through datasets.load_dataset."""
-    from llamafactory_video.data.loader import DatasetError
+    from llamafactory_video.records.report import DatasetError
 
     data, module, _ = dataset(home, tmp_path, dataset="hub,clips")
     assert len(data["train_dataset"]) == 12
@@ -411,7 +411,7 @@ def test_data_sets_from_a_hub(home, tmp_path):
 
 
 def test_what_is_wrong_with_all_data_sets_is_said_at_once(home, tmp_path):
-    from llamafactory_video.data.loader import DatasetError
+    from llamafactory_video.records.report import DatasetError
 
     info = json.loads((home / "dataset_info.json").read_text())
     for name in ("one", "two"):
@@ -428,7 +428,7 @@ def test_what_is_wrong_with_all_data_sets_is_said_at_once(home, tmp_path):
 
 
 def test_texts_about_tags_and_odd_inputs_in_chat(home, tmp_path):
-    from llamafactory_video.model.template import TemplateError
+    from llamafactory_video.prompt.tokens import TemplateError
 
     _, module, template = dataset(home, tmp_path)
     processor, plugin = module["processor"], template.mm_plugin

@@ -6,8 +6,11 @@ import subprocess
 import sys
 
 import pytest
-from llamafactory_video.data import loader
-from llamafactory_video.data.loader import DatasetError, load_conversations, read_records
+from llamafactory_video.records import files
+from llamafactory_video.records import table as loader
+from llamafactory_video.records.files import read_records
+from llamafactory_video.records.report import DatasetError
+from llamafactory_video.records.table import load_conversations
 
 
 def record(i=0, answer=None):
@@ -32,7 +35,7 @@ def answers(dataset):
 @pytest.mark.parametrize("chunk", [3, 64, 1 << 22])
 @pytest.mark.parametrize("style", ["array", "indented", "lines", "byte order mark"])
 def test_files_are_read_in_any_chunks(folder, chunk, style, monkeypatch):
-    monkeypatch.setattr(loader, "_CHUNK", chunk)
+    monkeypatch.setattr(files, "_CHUNK", chunk)
     records = [record(i, {"a": 1} if i % 2 else {"b": [1, {"深": "😀"}], "c": "]},"}) for i in range(20)]
     text = json.dumps(records, ensure_ascii=False, indent=2 if style == "indented" else None)
     if style == "lines":

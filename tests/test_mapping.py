@@ -14,9 +14,9 @@ import yaml
 from conftest import examples, write_clip
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from llamafactory_video import cli
-from llamafactory_video.video import mapping
-from llamafactory_video.video.mapping import MappingError, convert, read
+from llamafactory_video.tools import cli
+from llamafactory_video.tools import convert as mapping
+from llamafactory_video.tools.convert import MappingError, convert, read
 from llamafactory_video.video.sampling import ClipInfo
 from qwen_vl_utils import vision_process
 

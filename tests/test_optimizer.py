@@ -23,13 +23,12 @@ from llamafactory_video.train.optimizer import (
     GroupRow,
     check_deepspeed,
     check_groups,
-    check_rounding,
     group_rows,
     group_table,
     make_optimizer,
-    rounding_loss,
     split_groups,
 )
+from llamafactory_video.train.rounding import check_rounding, rounding_loss
 from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments, get_scheduler
 from transformers.optimization import Adafactor
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
@@ -517,7 +516,7 @@ def test_rounding_loss_looks_at_a_sample_of_a_large_tensor(monkeypatch):
     weight = weights_of_sd(0.02, torch.bfloat16, (1024, 1024))
     groups = [{"params": [weight], "lr": 3e-5, "module": "language_model"}]
     sampled = rounding_loss(groups)["language_model"]
-    monkeypatch.setattr("llamafactory_video.train.optimizer.SAMPLE", weight.numel())
+    monkeypatch.setattr("llamafactory_video.train.rounding.SAMPLE", weight.numel())
     whole = rounding_loss(groups)["language_model"]
     assert sampled != whole
     assert sampled == pytest.approx(whole, abs=4 * math.sqrt(whole * (1 - whole) / 90_000))

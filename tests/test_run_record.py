@@ -18,9 +18,11 @@ from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
 from llamafactory.hparams import get_train_args
 from llamafactory.model import load_model, load_tokenizer
 from llamafactory.train.tuner import run_exp
-from llamafactory_video.data.loader import FEATURES
 from llamafactory_video.demo.tiny_model import save_tiny_model
-from llamafactory_video.train import run_record
+from llamafactory_video.host.recipe import resolved_recipe
+from llamafactory_video.records.table import FEATURES
+from llamafactory_video.train import model_card, run_record
+from llamafactory_video.train.fingerprint import describe_data
 from PIL import Image
 from processes import run
 from torch.utils.data import IterableDataset
@@ -102,14 +104,16 @@ def described(home, out, earlier=None, step=0, **keys):
     parsed, module, data = loaded(home, out, **keys)
     model = load_model(module["tokenizer"], parsed[0], parsed[3], is_trainable=True)
     sets = [data["train_dataset"], data.get("eval_dataset")]
-    return run_record.describe_run(parsed, model, module["processor"], *sets, earlier=earlier, step=step)
+    return run_record.describe_run(
+        resolved_recipe(parsed), *parsed[:3], model, module["processor"], *sets, earlier=earlier, step=step
+    )
 
 
 # --- Recipe ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_recipe_is_what_was_given(home, tmp_path):
-    recipe = run_record.resolved_recipe(arguments(home, tmp_path))
+    recipe = resolved_recipe(arguments(home, tmp_path))
     given = RECIPE | {k: recipe[k] for k in ("model_name_or_path", "dataset_dir", "output_dir", "cache_dir")}
     given |= {"report_to": ["tensorboard"]}
     usual = ("lr_scheduler_type", "bf16", "stage")  # may be defaults
@@ -132,9 +136,9 @@ def test_the_recipe_is_what_was_given(home, tmp_path):
 )
 def test_a_recorded_recipe_parsed_again_gives_the_same_record(home, tmp_path, keys):
     first = arguments(home, tmp_path, **keys)
-    recipe = run_record.resolved_recipe(first)
+    recipe = resolved_recipe(first)
     again = get_train_args(yaml.safe_load(yaml.safe_dump(recipe, allow_unicode=True)))
-    assert run_record.resolved_recipe(again) == recipe
+    assert resolved_recipe(again) == recipe
     for one, other in zip(first[:2] + first[3:], again[:2] + again[3:], strict=True):
         assert vars(one) == vars(other)
     assert first[2].to_dict() == again[2].to_dict()
@@ -151,14 +155,14 @@ def test_no_secret_is_written(home, tmp_path):
         "swanlab_lark_webhook_url": "https://x/geheim6",
         "ray_init_kwargs": {"runtime_env": {"WANDB_API_KEY": "geheim7"}, "address": "ray://me:geheim8@host:1"},
     }
-    recipe = run_record.resolved_recipe(arguments(home, tmp_path, **secrets))
+    recipe = resolved_recipe(arguments(home, tmp_path, **secrets))
     text = json.dumps(recipe)
     assert "geheim" not in text
     assert [recipe[key] for key in list(secrets)[:6]] == ["(given)"] * 6
     assert recipe["ray_init_kwargs"]["address"] == "ray://(given)@host:1"
-    none = run_record.resolved_recipe(arguments(home, tmp_path))
+    none = resolved_recipe(arguments(home, tmp_path))
     assert "(given)" not in json.dumps(none)
-    tokens = run_record.resolved_recipe(arguments(home, tmp_path, max_new_tokens=5, add_tokens="<甲>"))
+    tokens = resolved_recipe(arguments(home, tmp_path, max_new_tokens=5, add_tokens="<甲>"))
     assert (tokens["max_new_tokens"], tokens["add_tokens"]) == (5, "<甲>")  # no secrets, for all their names
 
 
@@ -177,7 +181,7 @@ def test_an_fsdp_file_is_read_into_the_recipe(home, tmp_path):
     code = """
 import sys, yaml
 from llamafactory.hparams import get_train_args
-from llamafactory_video.train.run_record import resolved_recipe
+from llamafactory_video.host.recipe import resolved_recipe
 keys = dict(model_name_or_path="a/b", template="qwen3_vl_video", dataset="clips", output_dir=sys.argv[2],
             stage="sft", do_train=True, use_cpu=True, fsdp="full_shard auto_wrap", fsdp_config=sys.argv[1])
 recipe = resolved_recipe(get_train_args(keys))
@@ -194,7 +198,7 @@ print(resolved_recipe(get_train_args(yaml.safe_load(yaml.safe_dump(recipe)))) ==
 
 def fingerprint(home, out, **keys):
     parsed, _, data = loaded(home, out, **keys)
-    return run_record.describe_data(data["train_dataset"], parsed[1].media_dir)
+    return describe_data(data["train_dataset"], parsed[1].media_dir)
 
 
 def test_records_clips_and_pictures_are_counted(home, tmp_path):
@@ -218,7 +222,7 @@ def test_the_hash_is_that_of_the_records_as_json(home, tmp_path):
         del row["_source"]
         rows.append([row[key] for key in sorted(row)])
     text = json.dumps(rows, ensure_ascii=False, separators=(",", ":"), sort_keys=False)
-    found = run_record.describe_data(data["train_dataset"], parsed[1].media_dir)
+    found = describe_data(data["train_dataset"], parsed[1].media_dir)
     assert found["sha256"] == hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -265,11 +269,11 @@ def rows(count: int) -> datasets.Dataset:
 def test_order_and_number_count_and_parts_are_parts():
     """Over more than one batch of rows, with and without a list of chosen ones before the table."""
     whole = rows(2500)
-    found = run_record.describe_data(whole, "data")
-    assert run_record.describe_data(whole.select(range(2500)[::-1]).select(range(2500)[::-1]), "data") == found
-    assert run_record.describe_data(whole.shuffle(seed=1), "data")["sha256"] != found["sha256"]
-    part = run_record.describe_data(whole.select(range(700, 1900)), "data")
-    assert part == run_record.describe_data(whole.select(range(700, 1900)).flatten_indices(), "data")
+    found = describe_data(whole, "data")
+    assert describe_data(whole.select(range(2500)[::-1]).select(range(2500)[::-1]), "data") == found
+    assert describe_data(whole.shuffle(seed=1), "data")["sha256"] != found["sha256"]
+    part = describe_data(whole.select(range(700, 1900)), "data")
+    assert part == describe_data(whole.select(range(700, 1900)).flatten_indices(), "data")
     assert (part["records"], part["files_missing"]) == (1200, 1200)
     assert part["sha256"] != found["sha256"]
 
@@ -286,7 +290,7 @@ def test_packed_rows_have_a_fingerprint(home, tmp_path):
 def test_a_stream_has_none_and_says_why(home, tmp_path):
     _, _, data = loaded(home, tmp_path, streaming=True, max_steps=2)
     assert isinstance(data["train_dataset"], IterableDataset)
-    found = run_record.describe_data(data["train_dataset"], "data")
+    found = describe_data(data["train_dataset"], "data")
     assert found["records"] is None and "streaming" in found["why"]
 
 
@@ -294,7 +298,7 @@ def test_many_records_take_seconds():
     """A tenth of 200,000, within a tenth of 3 seconds of a core and some for other processes."""
     whole = rows(20_000)
     start = time.process_time()
-    run_record.describe_data(whole, "data")
+    describe_data(whole, "data")
     assert time.process_time() - start < 0.9
 
 
@@ -385,7 +389,7 @@ def test_a_real_run_that_is_resumed(home, tmp_path):
     (resumed,) = second["history"]
     assert resumed["from_step"] == 2 and resumed["changed"] == {"max_steps": {"before": 2, "now": 4}}
     assert (second["started"], second["steps"]) == (first["started"], 4)
-    assert first["recipe"] == run_record.resolved_recipe(arguments(home, tmp_path, max_steps=2, **keys))
+    assert first["recipe"] == resolved_recipe(arguments(home, tmp_path, max_steps=2, **keys))
     assert ModelCard.load(folder / "README.md").data.base_model is not None
     assert (folder / "README.md").read_text(encoding="utf-8").count("## How this model was made") == 1
 
@@ -423,8 +427,8 @@ def test_the_card_holds_the_record_once_and_its_front_matter_stays(home, record)
     readme = transformers_card(home / "card")
     before, written = ModelCard.load(readme), readme.read_text(encoding="utf-8")
     ended = run_record.finished(record, 12, {"train_loss": 0.25})
-    run_record.add_to_model_card(readme, record)
-    run_record.add_to_model_card(readme, ended)
+    model_card.add_to_model_card(readme, record)
+    model_card.add_to_model_card(readme, ended)
     text = readme.read_text(encoding="utf-8")
     card = ModelCard.load(readme)
     assert card.data.to_dict() == before.data.to_dict() and card.data.tags == [
@@ -440,10 +444,10 @@ def test_the_card_holds_the_record_once_and_its_front_matter_stays(home, record)
 
 def test_what_stands_around_the_section_stays(tmp_path, record):
     readme = tmp_path / "README.md"
-    run_record.add_to_model_card(readme, record)
+    model_card.add_to_model_card(readme, record)
     own = readme.read_text(encoding="utf-8")
     readme.write_text(f"---\nlicense: other\n---\n\n# 凯\n\n{own}\nafter\n", encoding="utf-8")
-    run_record.add_to_model_card(readme, run_record.finished(record, 3, {}))
+    model_card.add_to_model_card(readme, run_record.finished(record, 3, {}))
     text = readme.read_text(encoding="utf-8")
     assert text.startswith("---\nlicense: other\n---\n\n# 凯\n\n<!-- ") and text.endswith("-->\n\nafter\n")
     assert "| steps | 3 |" in text
@@ -452,12 +456,12 @@ def test_what_stands_around_the_section_stays(tmp_path, record):
 def test_values_cannot_break_the_card(tmp_path, record):
     """Marks of tables, of code and of our own section inside values."""
     wild = json.loads(json.dumps(record))
-    wild["recipe"]["run_name"] = f"a|b ```` {run_record._END} 凯"
+    wild["recipe"]["run_name"] = f"a|b ```` {model_card._END} 凯"
     wild["results"] = {"a|b<br>\nc": 1}
     readme = tmp_path / "README.md"
     for _ in range(2):
-        run_record.add_to_model_card(readme, wild)
+        model_card.add_to_model_card(readme, wild)
     text = readme.read_text(encoding="utf-8")
-    assert text.count(run_record._END) == text.count(run_record._BEGIN) == 1
+    assert text.count(model_card._END) == text.count(model_card._BEGIN) == 1
     assert r"| a\|b&lt;br> c | 1 |" in text
     assert "`````yaml\n" in text and "凯" in text

@@ -14,17 +14,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from llamafactory.data import mm_plugin
 from llamafactory_video.video.decode import resize_frame
-from llamafactory_video.video.sampling import (
-    ClipInfo,
-    Sampling,
-    SamplingError,
-    count_frames,
-    image_size,
-    plan_frames,
-    sample_positions,
-    select_span,
-    smart_resize,
-)
+from llamafactory_video.video.plan import count_frames, plan_frames, sample_positions, select_span
+from llamafactory_video.video.sampling import ClipInfo, Sampling, SamplingError
+from llamafactory_video.video.sizes import image_size, smart_resize
 from PIL import Image
 from qwen_vl_utils import vision_process
 from transformers import Qwen3VLProcessor, Qwen3VLVideoProcessor

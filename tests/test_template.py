@@ -8,22 +8,14 @@ import torch
 from conftest import decode_all, examples, real_clips, write_clip
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
-from llamafactory_video.arguments import apply_to_processor
-from llamafactory_video.data.conversation import parse_record
-from llamafactory_video.data.loader import to_row
-from llamafactory_video.model.template import (
-    IGNORE_INDEX,
-    TemplateError,
-    check_chat_template,
-    count_image_tokens,
-    encode_conversation,
-    expand_pads,
-    place_media,
-    token_type_ids,
-    vision_inputs,
-)
-from llamafactory_video.video.clip import ClipReader
+from llamafactory_video.host.processor import apply_to_processor
+from llamafactory_video.prompt.encoder import encode_conversation
+from llamafactory_video.prompt.pixels import count_image_tokens, token_type_ids, vision_inputs
+from llamafactory_video.prompt.tokens import IGNORE_INDEX, TemplateError, check_chat_template, expand_pads, place_media
+from llamafactory_video.records.parse import parse_record
+from llamafactory_video.records.table import to_row
 from llamafactory_video.video.probe import probe
+from llamafactory_video.video.reader import ClipReader
 from PIL import Image
 from transformers import AutoProcessor
 from transformers.image_utils import SizeDict

@@ -14,10 +14,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from llamafactory.train.tuner import run_exp
-from llamafactory_video.data.loader import DatasetError
-from llamafactory_video.hooks import recipe_data
-from llamafactory_video.model.template import token_type_ids, vision_inputs
-from llamafactory_video.model.vision import call_vision_once
+from llamafactory_video.host.recipe import recipe_data
+from llamafactory_video.prompt.pixels import token_type_ids, vision_inputs
+from llamafactory_video.records.report import DatasetError
+from llamafactory_video.train.vision_once import call_vision_once
 from processes import Run
 from runs import BATCH, LORA, STEPS, Start, steps, train, write_recipe
 from safetensors.torch import load_file

@@ -5,9 +5,10 @@ import io
 import numpy as np
 import pytest
 from conftest import decode_all, real_clips, write_clip
-from llamafactory_video.data.conversation import Clip
-from llamafactory_video.video.clip import ClipReader
-from llamafactory_video.video.probe import ClipError, open_picture, picture_size, probe
+from llamafactory_video.media import Clip
+from llamafactory_video.video.pictures import open_picture, picture_size
+from llamafactory_video.video.probe import ClipError, probe
+from llamafactory_video.video.reader import ClipReader
 from llamafactory_video.video.sampling import Sampling
 from PIL import Image
 

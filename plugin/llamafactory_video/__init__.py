@@ -1,7 +1,7 @@
 """Fine-tune Qwen3-VL on video conversations with LLaMA-Factory.
 
 Installed is enough: PyTorch calls `_autoload` at the end of every `import torch` (entry point group
-`torch.backends`), in whatever process, and the finder below waits there for LLaMA-Factory's modules; hooks.py is
+`torch.backends`), in whatever process, and the finder below waits there for LLaMA-Factory's modules; host/places.py is
 imported with the first of them. In a notebook that imported LLaMA-Factory before, `register()` does the same at once.
 
 The finder is a few lines of our own because importing wrapt, which has the same, costs most of the 5 ms that
@@ -23,19 +23,19 @@ class _Finder:
     def find_spec(name, path, target=None):
         if not name.startswith("llamafactory."):
             return None
-        from . import hooks
+        from .host import places
 
-        if name not in hooks.TABLE:
+        if name not in places.TABLE:
             return None
         finders = (finder for finder in sys.meta_path if finder is not _Finder)
         spec = next((spec for finder in finders if (spec := finder.find_spec(name, path, target))), None)
         if spec is not None:
-            hooks.prepare()
+            places.prepare()
             execute = spec.loader.exec_module
 
             def exec_module(module) -> None:
                 execute(module)
-                hooks.install(module)
+                places.install(module)
 
             spec.loader.exec_module = exec_module
         return spec
@@ -56,10 +56,10 @@ def register() -> None:
     """
     import llamafactory  # noqa: F401
 
-    from . import hooks
+    from .host import places
 
-    hooks.prepare()
+    places.prepare()
     _autoload()
-    for name in hooks.TABLE:
-        if name in sys.modules and name not in hooks.installed:
-            hooks.install(sys.modules[name])
+    for name in places.TABLE:
+        if name in sys.modules and name not in places.installed:
+            places.install(sys.modules[name])

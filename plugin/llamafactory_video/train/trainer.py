@@ -1,6 +1,6 @@
 """transformers' Trainer with a loss by token, an audit, whole checkpoints and figures while it trains.
 
-What LLaMA-Factory's trainer adds comes between this class and transformers' own (hooks.py).
+What LLaMA-Factory's trainer adds comes between this class and transformers' own (host/train.py).
 """
 
 import contextlib
@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from ..model.vision import call_vision_once
 from .audit import GradientAudit, GradientError, describe_faults
 from .checkpoint import UNFINISHED, CheckpointError, check_room, explain, last_whole_checkpoint
+from .model_card import add_to_model_card
 from .optimizer import GroupRow, group_rows, group_table
-from .run_record import add_to_model_card, finished, read_run_record, write_run_record
+from .run_record import finished, read_run_record, write_run_record
 from .throughput import Throughput
+from .vision_once import call_vision_once
 
 IGNORE_INDEX = -100
 # The optimizer's state brings them along, so what a recipe says of them is not used when a run goes on.

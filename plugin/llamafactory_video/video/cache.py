@@ -11,8 +11,6 @@ else reads, writes or is killed. A visual token takes 6144 bytes. No file is tou
 import contextlib
 import errno
 import functools
-import importlib
-import inspect
 import json
 import logging
 import os
@@ -31,7 +29,10 @@ import torch
 import torchvision
 import xxhash
 
-from .probe import Orientation, VideoFile
+from ..digest import code_digest
+from . import codecs, damage, decode, orientation, probe, sampling
+from .orientation import Orientation
+from .probe import VideoFile
 from .sampling import ClipInfo, FramePlan
 
 try:
@@ -39,10 +40,12 @@ try:
 except ImportError:  # not a Unix: sweeps of several processes may overlap, which costs time alone
     fcntl = None
 
-logger = logging.getLogger(__name__)
 
+logger = logging.getLogger(__name__)
 # What else decides on a frame's values; the first number is that of our own decoding.
 _LIBRARIES = f"av {av.__version__} torch {torch.__version__} {torchvision.__version__} pillow {PIL.__version__}"
+_DECODING = (decode.__name__, damage.__name__, orientation.__name__)
+_PROBING = (probe.__name__, codecs.__name__, sampling.__name__)
 _SWEEP_SHARE = 256  # each process sweeps after it wrote this part of the limit
 _HIGH, _LOW = 0.9, 0.8  # shares of the limit: above the first, the oldest leave until the second is reached
 _LEFTOVER_SECONDS = 3600  # a file still being written is never as old
@@ -65,13 +68,6 @@ def free_space(folder: Path) -> tuple[int, int]:
     return usage.free, usage.total
 
 
-@functools.cache
-def code_digest(*modules: str) -> str:
-    """A hash of the source of some imported modules: it changes with what they do, at an upgrade say."""
-    source = "".join(inspect.getsource(importlib.import_module(name, __package__)) for name in modules)
-    return xxhash.xxh3_64_hexdigest(source.encode())
-
-
 @functools.lru_cache(maxsize=8192)
 def content_hash(path: str, stamp: tuple[int, int]) -> str:
     """A hash of a file's content; `stamp` is `probe.file_stamp`'s."""
@@ -90,11 +86,11 @@ def frame_key(contents: list[str], file: VideoFile | None, plan: FramePlan) -> s
         file: how it is decoded; None for pictures.
     """
     how = None if file is None else (file.orientation, file.positions)
-    return xxhash.xxh3_128_hexdigest(repr((_LIBRARIES, code_digest(".decode"), contents, how, plan)).encode())
+    return xxhash.xxh3_128_hexdigest(repr((_LIBRARIES, code_digest(*_DECODING), contents, how, plan)).encode())
 
 
 def _facts_version() -> str:
-    return f"{_LIBRARIES} {code_digest('.probe', '.codecs', '.decode', '.sampling')}"
+    return f"{_LIBRARIES} {code_digest(*_DECODING, *_PROBING)}"
 
 
 def _entries(folder: Path) -> Iterator[tuple[float, int, str]]:

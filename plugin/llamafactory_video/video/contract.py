@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from .sampling import ClipInfo, Sampling, SamplingError, plan_frames, tokens_of_image
+from .plan import plan_frames
+from .sampling import ClipInfo, Sampling, SamplingError
+from .sizes import tokens_of_image
 
 FILE = "video_sampling.json"
 _FORMAT = 1

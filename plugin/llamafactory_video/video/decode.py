@@ -4,45 +4,25 @@ A file is decoded from a key frame on, and only as far as wanted frames need it.
 that no other frame refers to are left out: in usual H.264 and H.265 files that is up to half of them.
 """
 
-import bisect
 import functools
-import os
-import queue
-import struct
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from typing import BinaryIO, TypeVar
+from collections.abc import Callable, Iterator
+from typing import BinaryIO
 
 import av
 import numpy as np
 import torch
-from av.codec.context import Flags
-from av.video.frame import PictureType
 from PIL import Image
 from torchvision.transforms import functional as float_transforms
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
 from .codecs import FrameNumbers, reference_test
-from .probe import (
-    ClipError,
-    Orientation,
-    Packets,
-    VideoFile,
-    describe,
-    known_packets,
-    open_container,
-    packets_of,
-    video_stream,
-)
+from .damage import STRICT_OPTIONS, decode_past_errors
+from .orientation import orientation_of
+from .probe import Packets, VideoFile, known_packets, open_container, packets_of, video_stream
 from .sampling import FramePlan
+from .threads import deadline, start
 
-Result = TypeVar("Result")
-
-# A decoder that says what is damaged, in place of a picture that it made up.
-_STRICTLY = {"err_detect": "explode"}
 # Passing over this many packets by reading them costs about as much as a seek.
 _SEEK_GAP = 100
 
@@ -101,7 +81,7 @@ def decode_frames(
             stream = video_stream(container)
             stream.thread_type = "AUTO"
             stream.codec_context.thread_count = threads
-            stream.codec_context.options |= _STRICTLY
+            stream.codec_context.options |= STRICT_OPTIONS
             for index, frame in find(container, stream, tick):
                 if index in places:
                     if not file.positions or index == 0:
@@ -149,50 +129,6 @@ def decode_frames(
     return shown
 
 
-def start(work: Callable[[], Result]) -> Callable[[float | None], Result]:
-    """Begin a piece of work in a thread that the process need not wait for when it ends.
-
-    Returns:
-        A function that waits for its result at most so many seconds, and raises what the work raised, or TimeoutError.
-    """
-    done: queue.SimpleQueue = queue.SimpleQueue()
-    try:
-        jobs = _idle.pop()
-    except IndexError:
-        jobs = queue.SimpleQueue()
-        threading.Thread(target=_serve, args=(jobs,), daemon=True, name="read clips").start()
-    jobs.put((work, done))
-
-    def wait(timeout: float | None) -> Result:
-        try:
-            result, error = done.get(timeout=timeout)
-        except queue.Empty:
-            raise TimeoutError from None
-        if error is not None:
-            raise error
-        return result
-
-    return wait
-
-
-# Jobs of threads that have nothing to do. A new thread for each clip would leave OpenMP's own behind, which torch makes.
-_idle: list[queue.SimpleQueue] = []
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_idle.clear)
-
-
-def _serve(jobs: queue.SimpleQueue) -> None:
-    while True:
-        work, done = jobs.get()
-        try:
-            outcome = work(), None
-        except BaseException as error:
-            outcome = None, error
-        _idle.append(jobs)
-        done.put(outcome)
-        del work, done, outcome  # frames are not held until the next job
-
-
 def _shares(runs: list[tuple[int, int]], count: int) -> list[list[tuple[int, int]]]:
     """The runs in at most `count` shares of about the same number of packets."""
     total = sum(end - begin for begin, end in runs)
@@ -206,146 +142,10 @@ def _shares(runs: list[tuple[int, int]], count: int) -> list[list[tuple[int, int
     return shares
 
 
-def count_by_decoding(source: str | BinaryIO, file: VideoFile, timeout: float | None = None) -> VideoFile:
-    """Decode a whole file, past its errors, and describe the frames that came out whole.
-
-    Raises:
-        ClipError: if none did.
-    """
-    out: list[tuple[int, bool]] = []
-    stamps: list[int | None] = []  # of these frames
-    sent: list[tuple[int | None, int | None]] = []  # time stamps of presentation and of decoding of the packets
-    damaged: set[int] = set()
-    first = None
-    try:
-        with open_container(source, timeout) as container:
-            stream = video_stream(container)
-            stream.codec_context.thread_count = 1
-            stream.codec_context.options |= _STRICTLY
-            for packet, frames, failed in _tolerantly(container, stream, deadline(timeout)):
-                if packet is not None and packet.size:
-                    sent.append((packet.pts, packet.dts))
-                if failed:
-                    damaged.add(len(sent) - 1)
-                for frame in frames:
-                    if frame.opaque is None:  # H.264's stand-in for one that is missing
-                        continue
-                    (position,) = frame.opaque
-                    if frame.is_corrupt:
-                        damaged.add(position)
-                        continue
-                    first = first or frame
-                    out.append((position, frame.key_frame and frame.pict_type == PictureType.I))
-                    stamps.append(frame.pts if frame.pts is not None else frame.dts)
-            positions = [position for position, _ in out]
-            if container.format.name == "avi" and positions == sorted(positions):
-                # A frame's own are made up, from damaged packets too.
-                stamps = [sent[position][1] for position in positions]
-            if None in stamps:
-                tick = 1 / (stream.average_rate or stream.guessed_rate or 1)
-                stamps = positions
-            else:
-                tick = stream.time_base
-            seconds = [float(stamp * tick) for stamp in stamps]
-            chosen = whole_frames(out, sorted(damaged), [pts for pts, _ in sent])
-            chosen = [chosen[i] for i in _increasing([seconds[i] for i in chosen])]
-            if not chosen:
-                raise ClipError("no frame of it can be decoded; the file is damaged")
-            orientation, size = _orientation(first), (first.height, first.width)
-            info = describe(stream, np.array([seconds[i] for i in chosen]), orientation, size)
-            total = max(len(sent), stream.frames if "mp4" in container.format.name else 0, file.info.num_frames)
-    except av.FFmpegError as error:
-        raise ClipError(f"cannot be decoded ({error.strerror})") from error
-    note, lost = file.note, total - len(chosen)
-    if damaged or len(chosen) < file.info.num_frames:
-        note = f"damaged: {len(chosen)} of {total} frames can be shown; {lost} are damaged, or are decoded from damaged ones"
-    return replace(
-        file,
-        info=info,
-        height=size[0],
-        width=size[1],
-        orientation=orientation,
-        positions=tuple(positions[i] for i in chosen),
-        note=note,
-    )
-
-
-def whole_frames(
-    frames: Sequence[tuple[int, bool]], damaged: Sequence[int], stamps: Sequence[int | None]
-) -> list[int]:
-    """Which frames are what their file meant to show: nothing is damaged between each and the key frame before it.
-
-    Args:
-        frames: the position of each one's packet in decoding order, and whether decoding can begin with it.
-        damaged: positions of packets that are damaged, or before which some are missing, sorted.
-        stamps: presentation time stamps of all packets, or None.
-
-    Returns:
-        Numbers of the whole ones in `frames`, sorted.
-    """
-
-    def leads(position: int, key: int) -> bool:
-        """Whether it comes after a key frame in the file and before it on the screen; then it refers to both sides."""
-        return key >= 0 and None not in (stamps[position], stamps[key]) and stamps[position] < stamps[key]
-
-    broken = set(damaged)
-    keys = [-1, *sorted(position for position, is_key in frames if is_key and position not in broken)]
-    # Of each key frame and what follows it up to the next: the first that is damaged, and the first of those that others
-    # may refer to; frames on the screen before their key frame are no one's reference after it.
-    first = [(len(stamps), len(stamps))] * len(keys)
-    for position in reversed(damaged):
-        at = bisect.bisect_right(keys, position) - 1
-        first[at] = position, first[at][1] if leads(position, keys[at]) else position
-    whole = []
-    for number, (position, _) in enumerate(frames):
-        at = bisect.bisect_right(keys, position) - 1
-        if leads(position, keys[at]):
-            is_whole = first[at - 1][0] == len(stamps) and position < first[at][0]
-        else:
-            is_whole = position < first[at][1]
-        if is_whole:
-            whole.append(number)
-    return whole
-
-
-def _increasing(seconds: Sequence[float]) -> list[int]:
-    """Numbers of the most times that increase one after the other; damaged time stamps stand out of line."""
-    ends: list[float] = []  # the least last time of a chain of each length, and the number that has it
-    numbers: list[int] = []
-    previous: list[int] = []
-    for number, second in enumerate(seconds):
-        at = bisect.bisect_left(ends, second)
-        previous.append(numbers[at - 1] if at else -1)
-        ends[at:], numbers[at:] = [second, *ends[at + 1 :]], [number, *numbers[at + 1 :]]
-    chain, number = [], numbers[-1] if numbers else -1
-    while number >= 0:
-        chain.append(number)
-        number = previous[number]
-    return chain[::-1]
-
-
-def deadline(
-    timeout: float | None, message: str = "decoding took more than video_timeout, {:g} s"
-) -> Callable[[], None]:
-    """A function that raises ClipError with that message once `timeout` seconds have passed."""
-    end = None if timeout is None else time.monotonic() + timeout
-
-    def tick() -> None:
-        if end is not None and time.monotonic() > end:
-            raise ClipError(message.format(timeout))
-
-    return tick
-
-
-def _orientation(frame: av.VideoFrame) -> Orientation:
-    matrix = frame.side_data.get("DISPLAYMATRIX")
-    return Orientation() if matrix is None else Orientation.of_matrix(struct.unpack("<9i", bytes(matrix)))
-
-
 def _check_frame(frame: av.VideoFrame, file: VideoFile) -> None:
     if (frame.height, frame.width) != (file.height, file.width):
         raise DisagreementError(f"frames are {frame.width} x {frame.height}, not {file.width} x {file.height}")
-    if _orientation(frame) != file.orientation:
+    if orientation_of(frame) != file.orientation:
         raise DisagreementError("frames are turned otherwise than the track says")
 
 
@@ -366,37 +166,6 @@ def _by_order(
             number += 1
 
 
-def _tolerantly(
-    container: av.container.InputContainer, stream: av.VideoStream, tick: Callable[[], None]
-) -> Iterator[tuple[av.Packet | None, list[av.VideoFrame], bool]]:
-    """All packets, past errors, each with the frames that came out, and whether it is damaged.
-
-    A frame's `opaque` is a list of one: the position of its packet. Positions count from 0 in decoding order.
-    """
-    stream.codec_context.flags |= Flags.copy_opaque
-    frame_numbers = FrameNumbers(stream)
-    demuxer, position, torn = container.demux(stream), -1, False
-    while True:
-        tick()
-        packet, frames, failed = None, [], False
-        try:
-            packet = next(demuxer)
-            if packet.size:
-                position += 1
-                packet.opaque = [
-                    position
-                ]  # a list, because PyAV 16 takes equal numbers for one object, freed with the first
-                # A transport stream's gap is told with the frame that was under way, which may be the one before.
-                failed = packet.is_corrupt or torn or frame_numbers.gap(packet)
-                torn = packet.is_corrupt
-            frames = stream.decode(packet)
-        except StopIteration:
-            return
-        except av.FFmpegError:
-            failed = True
-        yield packet, frames, failed
-
-
 def _by_position(
     container: av.container.InputContainer,
     stream: av.VideoStream,
@@ -404,7 +173,7 @@ def _by_position(
     numbers: dict[int, int],
 ) -> Iterator[tuple[int, av.VideoFrame]]:
     """Frames of a damaged file with their numbers; `numbers` has those of the whole ones, by their packet's position."""
-    for _, frames, _ in _tolerantly(container, stream, tick):
+    for _, frames, _ in decode_past_errors(container, stream, tick):
         for frame in frames:
             number = numbers.get(frame.opaque[0]) if frame.opaque else None
             if number is not None:

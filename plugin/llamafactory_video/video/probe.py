@@ -5,21 +5,17 @@ before memory is taken for one.
 """
 
 import functools
-import io
 import os
 import stat
-import struct
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import av
 import numpy as np
-from PIL import Image, ImageOps
 
+from .orientation import Orientation, track_orientation
 from .sampling import ClipInfo, mean_rate
 
 # The greatest frame or picture that is decoded, in pixels: twice what 8K has.
@@ -28,7 +24,6 @@ MAX_FRAME_PIXELS = 1 << 26
 _CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,mpegvideo,gif,asf,h264,hevc,m4v,ivf,mxf,av1,obu"
 # In these, streams may turn up after the header. PyAV 16 crashes if it is given options for their decoders (its #2010).
 _LATE_CONTAINERS = "avi,mpegts,mpeg,flv,ogg"
-_PICTURES = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM")
 # Times are those of a constant rate if none is further off than its container's rounding, at most this (seconds).
 _ROUNDING = 0.002
 _COVER = av.stream.Disposition.attached_pic
@@ -36,28 +31,6 @@ _COVER = av.stream.Disposition.attached_pic
 
 class ClipError(ValueError):
     """A clip that cannot be shown; the message names it."""
-
-
-@dataclass(frozen=True)
-class Orientation:
-    """How stored frames are turned to stand as a player shows them: first transposed, then flipped."""
-
-    transpose: bool = False
-    flip_horizontal: bool = False
-    flip_vertical: bool = False
-
-    def apply(self, frame: np.ndarray) -> np.ndarray:
-        """A stored frame (H, W, 3) as a player shows it, a view."""
-        frame = frame.swapaxes(0, 1) if self.transpose else frame
-        return frame[:: -1 if self.flip_vertical else 1, :: -1 if self.flip_horizontal else 1]
-
-    @classmethod
-    def of_matrix(cls, matrix: Sequence[int]) -> "Orientation":
-        """From a display matrix in rows (a, b, u), (c, d, v), (x, y, w), as MP4 and FFmpeg have it."""
-        a, b, _, c, d = matrix[:5]
-        if abs(a) >= abs(b):
-            return cls(False, a < 0, d < 0)
-        return cls(True, c < 0, b < 0)
 
 
 @dataclass(frozen=True)
@@ -78,7 +51,7 @@ class VideoFile:
     info: ClipInfo
     height: int
     width: int
-    orientation: Orientation = Orientation()
+    orientation: Orientation = Orientation()  # noqa: RUF009 - frozen
     positions: tuple[int, ...] = ()
     note: str = ""
     stamp: tuple[int, int] = (0, 0)
@@ -321,7 +294,7 @@ def probe(source: str | BinaryIO, timeout: float | None = None) -> VideoFile:
             packets = packets_of(source, stamp, container, stream)
             orientation = Orientation()
             if "mp4" in container.format.name:
-                orientation = _track_orientation(source, stream.id)
+                orientation = track_orientation(source, stream.id)
             size = stream.height, stream.width
             info = describe(stream, packets.seconds, orientation, size)
             promised = f" of {stream.frames}" if stream.frames > info.num_frames else ""
@@ -331,92 +304,3 @@ def probe(source: str | BinaryIO, timeout: float | None = None) -> VideoFile:
         return probe(source, timeout) if isinstance(source, str) and file_stamp(source) != stamp else file
     except av.FFmpegError as error:
         raise ClipError(f"is not a video that can be read ({error.strerror})") from error
-
-
-def _boxes(file: BinaryIO, end: int) -> Any:
-    """Type, and start and end of the content, of each box of an MP4 file from the current position up to `end`."""
-    while (start := file.tell()) + 8 <= end:
-        size, kind = struct.unpack(">I4s", file.read(8))
-        if size == 1:
-            size = struct.unpack(">Q", file.read(8).rjust(8, b"\0"))[0]
-        stop = end if size == 0 else start + size
-        if stop <= start or stop > end:
-            return
-        yield kind, file.tell(), stop
-        file.seek(stop)
-
-
-def _track_orientation(source: str | BinaryIO, track_id: int) -> Orientation:
-    """The orientation in the track header of an MP4 or MOV file (ISO/IEC 14496-12, 8.3.2).
-
-    PyAV does not tell it before a frame is decoded.
-    """
-    file = open(source, "rb") if isinstance(source, str) else source  # noqa: SIM115
-    try:
-        end = file.seek(0, io.SEEK_END)
-        file.seek(0)
-        for kind, start, stop in _boxes(file, end):
-            if kind != b"moov":
-                continue
-            file.seek(start)
-            for track, inside, track_end in _boxes(file, stop):
-                if track != b"trak":
-                    continue
-                file.seek(inside)
-                for header, begin, _ in _boxes(file, track_end):
-                    if header == b"tkhd":
-                        file.seek(begin)
-                        content = file.read(96)
-                        long = content[0] == 1  # version 1 has 64-bit times
-                        if struct.unpack_from(">I", content, 20 if long else 12)[0] == track_id:
-                            return Orientation.of_matrix(struct.unpack_from(">9i", content, 52 if long else 40))
-    except (struct.error, IndexError):
-        pass  # whatever the decoder finds in place of it is compared when frames are decoded
-    finally:
-        if isinstance(source, str):
-            file.close()
-    return Orientation()
-
-
-def open_picture(source: Any) -> Image.Image:
-    """A picture as a viewer shows it, upright and in RGB.
-
-    Args:
-        source: a path, a file object, bytes, a PIL image, or a dict with `bytes` or `path`.
-
-    Raises:
-        ClipError: if it is not a picture that can be read.
-    """
-    if isinstance(source, dict):
-        source = source["path"] if source.get("bytes") is None else source["bytes"]
-    if isinstance(source, bytes):
-        source = io.BytesIO(source)
-    try:
-        picture = source if isinstance(source, Image.Image) else _open_bounded(source)
-        return ImageOps.exif_transpose(picture).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ClipError(f"{_picture_name(source)}: is not a picture that can be read ({error})") from error
-
-
-def picture_size(source: Any) -> tuple[int, int]:
-    """Height and width of a picture as a viewer shows it, in pixels; a file is opened, not decoded."""
-    if not isinstance(source, str):
-        picture = open_picture(source)
-        return picture.height, picture.width
-    try:
-        with _open_bounded(source) as picture:
-            turned = picture.getexif().get(0x0112) in (5, 6, 7, 8)  # EXIF orientations that swap the sides
-            return (picture.width, picture.height) if turned else (picture.height, picture.width)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ClipError(f"{source}: is not a picture that can be read ({error})") from error
-
-
-def _open_bounded(source: Any) -> Image.Image:
-    picture = Image.open(source, formats=_PICTURES)
-    if picture.width * picture.height > MAX_FRAME_PIXELS:
-        raise ValueError(f"{picture.width} x {picture.height}; at most {MAX_FRAME_PIXELS} pixels are decoded")
-    return picture
-
-
-def _picture_name(source: Any) -> str:
-    return str(source) if isinstance(source, str | Path) else "picture"

@@ -13,15 +13,19 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 import xxhash
 
-from ..data.conversation import Clip, decode_clip
+from ..media import Clip
+from ..records.clips import decode_clip
 from .cache import GIB, FrameCache, content_hash, frame_key
-from .decode import DisagreementError, count_by_decoding, deadline, decode_frames, resize_frame, start
-from .probe import ClipError, VideoFile, file_stamp, open_picture, picture_size, probe
-from .sampling import ClipInfo, FramePlan, Sampling, SamplingError, mean_rate, plan_frames
+from .damage import count_by_decoding
+from .decode import DisagreementError, decode_frames, resize_frame
+from .pictures import open_picture, picture_size
+from .plan import plan_frames
+from .probe import ClipError, VideoFile, file_stamp, probe
+from .sampling import ClipInfo, FramePlan, Sampling, SamplingError, mean_rate
+from .threads import deadline, fair_threads, start
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
-
 _KNOWN_FILES = 8192  # files whose facts are kept in memory
 _ATTEMPTS = 4  # a clip that is replaced this often while it is read is given up
 
@@ -195,7 +199,7 @@ class ClipReader:
         return as_clip(video)
 
     def _plan(self, clip: Clip, file: VideoFile | None) -> FramePlan:
-        sampling = clip.sampling(self.sampling)
+        sampling = self.sampling.override(**clip.settings)
         info = _pictures_info(clip, sampling.fps) if file is None else file.info
         if file is not None and file.note and info.num_frames < sampling.min_frames:
             raise ClipError(f"{file.note}, fewer than video_min_frames, {sampling.min_frames}; replace it")
@@ -268,7 +272,7 @@ class ClipReader:
             if key is not None and key != self._key(clip, file, plan):
                 raise ClipError("its pictures are replaced while they are read")
         else:
-            threads = _fair_threads() if self.threads is None else self.threads
+            threads = fair_threads() if self.threads is None else self.threads
             frames = self._limited(lambda: decode_frames(clip.path, file, plan, threads, self.timeout))
             if isinstance(clip.path, str) and file_stamp(clip.path) != file.stamp:
                 raise DisagreementError("was replaced while it was read")
@@ -305,17 +309,3 @@ def _pictures_info(clip: Clip, default_rate: float) -> ClipInfo:
     # LLaMA-Factory takes a list without a rate to be sampled already, at video_fps.
     rate = mean_rate(count, times[-1]) if len(times) > 1 else clip.frame_rate or default_rate
     return ClipInfo(count, rate, count / rate, height, width, times, pictures=True)
-
-
-def _fair_threads() -> int:
-    """Decoder threads that leave the machine's cores to all worker processes alike."""
-    from torch.utils.data import get_worker_info
-
-    worker = get_worker_info()
-    readers = (worker.num_workers if worker else 1) * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(4, usable_cores() // readers))
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,9 +1,9 @@
-"""A conversation -> token ids and labels; frames -> patches.
+"""A conversation -> token ids and labels.
 
 The text is rendered by the model's own chat template and tokenized in one piece, so ids equal those of
-`Qwen3VLProcessor.apply_chat_template` by construction (one exception: `encode_text`, on thinking models). Clips and images stand in it with one pad token for each
-time that the prompt names; `expand_pads` then repeats each as often as its FramePlan says, in ids, where a few
-thousand tokens cost microseconds.
+`Qwen3VLProcessor.apply_chat_template` by construction (one exception: `encode_text`, on thinking models). Clips and
+images stand in it with one pad token for each time that the prompt names; `expand_pads` then repeats each as often as
+its FramePlan says, in ids, where a few thousand tokens cost microseconds.
 """
 
 import bisect
@@ -14,21 +14,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from PIL import Image
-
-from ..data.conversation import (
-    FUNCTION,
-    IMAGE_PLACEHOLDER,
-    TOOL,
-    USER,
-    VIDEO_PLACEHOLDER,
-    strip_around_placeholders,
-)
-from ..video.clip import ClipReader
-from ..video.probe import ClipError, open_picture, picture_size
-from ..video.sampling import FramePlan, Sampling, SamplingError, image_size, tokens_of_image
-from .patches import frames_to_patches
+from ..media import FUNCTION, IMAGE_PLACEHOLDER, TOOL, USER, VIDEO_PLACEHOLDER, strip_around_placeholders
+from ..video.sampling import FramePlan
 
 IGNORE_INDEX = -100
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
@@ -39,22 +26,6 @@ THINKING_START = ANSWER_START + "<think>\n"
 
 class TemplateError(ValueError):
     """A conversation, or a model, that the template cannot serve."""
-
-
-def count_image_tokens(image: Any, image_processor: Any, sampling: Sampling) -> int:
-    """Visual tokens of an image; see `probe.open_picture` for what an image may be."""
-    size = image_processor.size
-    try:
-        return tokens_of_image(*picture_size(image), sampling, size.shortest_edge, size.longest_edge)
-    except SamplingError as error:
-        raise ClipError(f"{image}: {error}") from error
-
-
-def read_image(image: Any, sampling: Sampling) -> Image.Image:
-    """An image upright, in RGB and, where the dialect has a resize of its own before the processor's, resized."""
-    picture = open_picture(image)
-    size = image_size(picture.height, picture.width, sampling)
-    return picture if size is None or size == (picture.height, picture.width) else picture.resize(size[::-1])
 
 
 def place_media(text: str, plans: list[FramePlan]) -> str:
@@ -224,72 +195,3 @@ def encode_text(tokenizer: Any, text: str, thinking: bool) -> tuple[list[int], l
         last = bisect.bisect_left(offsets, end, key=operator.itemgetter(0))  # begins before it ends
         labels[first:last] = ids[first:last]
     return ids, labels
-
-
-def encode_conversation(
-    row: dict[str, Any],
-    plans: Sequence[FramePlan],
-    tokenizer: Any,
-    processor: Any,
-    sampling: Sampling,
-    thinking: bool = False,
-    default_system: str = "",
-    generation: bool = False,
-) -> tuple[list[int], list[int]]:
-    """Token ids and labels of a row of `loader.FEATURES`.
-
-    Args:
-        plans: of the row's clips, in order.
-        sampling: of its images.
-        generation: prompt ids alone, up to the last answer, and that answer's ids as labels.
-
-    Raises:
-        ClipError, TemplateError: if it cannot be shown.
-    """
-    image_tokens = [count_image_tokens(image, processor.image_processor, sampling) for image in row["_images"] or ()]
-    to_place = list(plans)
-    # Other formats than ours keep the newline after <video>; the model is to be trained as it will be asked.
-    stripped = not row.get("_source")
-    messages = place_messages([*row["_prompt"], *row["_response"]], to_place, strip=stripped)
-    system, tools = row["_system"] or default_system, row["_tools"]
-    pads = processor.image_token_id, processor.video_token_id
-    whole = render(tokenizer, messages, system, tools, ask=False)
-    if generation:
-        prompt = render(tokenizer, messages[:-1], system, tools, ask=True)
-        answer = whole[len(prompt) :] if whole.startswith(prompt) else f"{messages[-1]['content']}<|im_end|>\n"
-        ids, labels = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, answer))
-        return expand_pads(ids, None, image_tokens, plans, *pads)[0], labels
-    return expand_pads(*encode_text(tokenizer, whole, thinking), image_tokens, plans, *pads)
-
-
-def vision_inputs(
-    images: Sequence[Any], videos: Sequence[Any], processor: Any, reader: ClipReader
-) -> dict[str, torch.Tensor]:
-    """Patches of images and clips, as transformers' processors make them.
-
-    Returns:
-        For images `pixel_values` (patches, 3 * 2 * 16 * 16) float32 and `image_grid_thw` (images, 3); for clips
-        `pixel_values_videos` and `video_grid_thw`.
-    """
-    inputs: dict[str, torch.Tensor] = {}
-    if images:
-        pictures = [read_image(image, reader.sampling) for image in images]
-        resize = reader.sampling.dialect != "qwen_vl_utils"  # there, images have their size already
-        inputs.update(processor.image_processor(images=pictures, do_resize=resize, return_tensors="pt"))
-    if videos:
-        clips = [reader.show(video) for video in videos]
-        patches = [frames_to_patches(clip.frames, processor.video_processor) for clip in clips]
-        inputs["pixel_values_videos"] = patches[0] if len(patches) == 1 else torch.cat(patches)
-        inputs["video_grid_thw"] = torch.tensor([clip.plan.grid for clip in clips])
-    return inputs
-
-
-def token_type_ids(input_ids: torch.Tensor, processor: Any) -> torch.Tensor:
-    """1 at visual tokens of images, 2 at those of clips, else 0, as transformers' processor gives them.
-
-    The model needs them for its three-dimensional positions; without them `generate` silently counts text positions.
-    """
-    types = torch.zeros_like(input_ids)
-    types[input_ids == processor.image_token_id] = 1
-    types[input_ids == processor.video_token_id] = 2
-    return types

@@ -18,8 +18,10 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from ..arguments import resolve_sampling
-from .sampling import ClipInfo, FramePlan, Sampling, SamplingError, plan_frames, utils_frame_bounds
+from ..video.dialects import resolve_sampling
+from ..video.plan import plan_frames
+from ..video.sampling import ClipInfo, FramePlan, Sampling, SamplingError
+from ..video.sizes import utils_frame_bounds
 
 SOURCES, TARGETS = ("command", "message", "environment", "recipe"), ("recipe", "command", "message")
 EXAMPLE = ClipInfo(900, 60.0, 15.0, 720, 1280)
@@ -89,7 +91,11 @@ _ALIKE = {
     str: "output_dir run_name report_to logging_steps logging_strategy save_strategy save_steps eval_strategy "
     "eval_steps lr_scheduler_type optim warmup_steps resume_from_checkpoint cache_dir",
 }
+
+
 COMMAND |= {name: Entry(name, kind) for kind, names in _ALIKE.items() for name in names.split()}
+
+
 # What the official trainer takes where its command is silent, and LLaMA-Factory where a recipe is.
 _COMMAND_DEFAULTS = {
     "model_max_length": 512, "video_fps": 2, "video_min_frames": 4, "video_max_frames": 8,
@@ -118,7 +124,6 @@ _HERE_ONLY = {
     "lora_target": "the official trainer's are fixed: q_proj, k_proj, v_proj, o_proj",
     "video_timestamps": "the official trainer knows index alone: frame number / average rate",
 }
-
 _NFRAMES = (
     "for this clip alone, an error where it has fewer; for all, give video_min_frames and video_max_frames that number"
 )
@@ -138,7 +143,6 @@ MESSAGE = {  # name in a content item -> key of the recipe and of a record's cli
     "video_end": Entry("end", float),
 }  # fmt: skip
 _RECIPE_WIDE = ("fps", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels")
-
 _TOKENS = "tokens of 32 x 32 pixels"
 _RENAMED = "pixels; ms-swift turns it into whole tokens, and the variable of that name with TOKEN_NUM wins"
 ENVIRONMENT = {
@@ -161,7 +165,6 @@ ENVIRONMENT = {
     "VIDEO_READER_BACKEND": Entry(None, str, "no reader's name counts here: clips are read by PyAV alone"),
     **dict.fromkeys(["FRAME_FACTOR", "IMAGE_FACTOR", "MAX_RATIO"], Entry(None, int, "fixed: 2, 32, 200")),
 }  # fmt: skip
-
 _SAMPLING = re.compile(r"video_(sampling|fps|maxlen|total_pixels|(min|max)_(frames|pixels))|image_(min|max)_pixels")
 _SAID = {
     "lora tune": "the official code ignores it with lora_enable, which freezes all but its adapters",
@@ -347,9 +350,6 @@ def _scalar(text: str) -> Any:
             except ValueError:
                 continue
     return text
-
-
-# --- The official trainer's command ----------------------------------------------------------------------------------
 
 
 def _shell(text: str) -> tuple[dict[str, str], dict[str, Any], bool]:
@@ -560,9 +560,6 @@ def command_text(flags: dict[str, Any]) -> str:
     return " \\\n    ".join([*start, *lines])
 
 
-# --- Messages of qwen-vl-utils ---------------------------------------------------------------------------------------
-
-
 def _items(value: Any) -> Iterator[dict[str, Any]]:
     """Clips and images of a content item, a message, or a list of messages."""
     if isinstance(value, list):
@@ -702,9 +699,6 @@ def _message_settings(mapped: Mapped, clip: dict[str, Any], info: ClipInfo) -> d
     return settings | {"min_pixels": least, "total_pixels": sampling.max_pixels // 2}
 
 
-# --- Environment variables, and recipes ------------------------------------------------------------------------------
-
-
 def read_environment(variables: dict[str, str], flags: dict[str, Any] | None = None) -> Mapped:
     """ms-swift's variables for Qwen3-VL, which it writes over qwen-vl-utils' own numbers."""
     mapped, flags = Mapped("environment", {"video_sampling": "qwen_vl_utils"}), dict(flags or {})
@@ -760,9 +754,6 @@ def read_recipe(value: Any) -> Mapped:
     if "video_sampling" not in recipe:
         mapped.note("video_sampling", _SAID["stock"])
     return mapped
-
-
-# --- What comes of it ------------------------------------------------------------------------------------------------
 
 
 def shown(plan: FramePlan) -> dict[str, Any]:

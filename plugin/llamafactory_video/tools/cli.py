@@ -18,8 +18,8 @@ def check(recipe: Path, overrides: list[str]) -> int:
     Returns:
         How many records cannot be trained on.
     """
-    from .data.loader import measure_all
-    from .hooks import recipe_data
+    from ..host.recipe import recipe_data
+    from ..prompt.lengths import measure_all
 
     wrong, parts, encoder = recipe_data(recipe, overrides)
     if not parts and not wrong:
@@ -60,9 +60,9 @@ def build_cache(recipe: Path, overrides: list[str], jobs: int | None) -> int:
     Returns:
         How many records have a clip that cannot be shown.
     """
-    from .data.loader import store_all
-    from .hooks import recipe_data
-    from .video.cache import GIB
+    from ..host.recipe import recipe_data
+    from ..prompt.lengths import store_all
+    from ..video.cache import GIB
 
     wrong, parts, encoder = recipe_data(recipe, overrides)
     cache = encoder.reader.cache
@@ -94,7 +94,7 @@ def build_cache(recipe: Path, overrides: list[str], jobs: int | None) -> int:
 
 def cache_folder(recipe: Path | None, overrides: list[str]) -> Path:
     """The folder of a recipe's frame cache, or the usual one."""
-    from .video.cache import default_folder
+    from ..video.cache import default_folder
 
     keys = (yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe else None) or {}
     if not isinstance(keys, dict):
@@ -106,7 +106,7 @@ def cache_folder(recipe: Path | None, overrides: list[str]) -> Path:
 
 def show_cache(folder: Path, clear: bool) -> None:
     """Print what a frame cache holds, and remove it if asked to."""
-    from .video.cache import GIB, FrameCache
+    from ..video.cache import GIB, FrameCache
 
     cache = FrameCache(folder)
     size = cache.clear() if clear else cache.size()
@@ -122,10 +122,10 @@ def _is_file(text: str) -> bool:
 
 
 def map_settings(words: list[str], kind: str | None, target: str, clip: str | None, as_json: bool) -> None:
-    """Print what other tools' settings are called here, or ours there; see video/mapping.py."""
-    from .video.mapping import EXAMPLE, MappingError, convert, remarks, result_text
-    from .video.probe import probe
-    from .video.sampling import ClipInfo
+    """Print what other tools' settings are called here, or ours there; see convert.py."""
+    from ..video.probe import probe
+    from ..video.sampling import ClipInfo
+    from .convert import EXAMPLE, MappingError, convert, remarks, result_text
 
     info, text = EXAMPLE, words[0] if len(words) == 1 else shlex.join(words)
     if text == "-":

@@ -1,0 +1,194 @@
+"""The plugin's keys in LLaMA-Factory's parser, and checks of a recipe before anything is loaded."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from .core import TEMPLATE, THINKING_TEMPLATE, replace_everywhere
+
+
+def extend_parser(parser: ModuleType) -> None:
+    """The YAML keys of keys.py, and a check that they go with the template."""
+    from dataclasses import dataclass
+
+    from .keys import VideoDataKeys, VideoFinetuningKeys, VideoModelKeys, check_keys
+
+    @dataclass
+    class ModelArguments(VideoModelKeys, parser.ModelArguments):
+        def __post_init__(self) -> None:
+            self.take_video_keys()
+            super().__post_init__()
+
+    @dataclass
+    class DataArguments(VideoDataKeys, parser.DataArguments):
+        def __post_init__(self) -> None:
+            check_keys(self, VideoDataKeys)
+            super().__post_init__()
+
+    @dataclass
+    class FinetuningArguments(VideoFinetuningKeys, parser.FinetuningArguments):
+        def __post_init__(self) -> None:
+            if self.gradient_check is False:  # what YAML makes of the word off
+                self.gradient_check = "off"
+            check_keys(self, VideoFinetuningKeys)
+            super().__post_init__()
+
+    extended = {
+        parser.ModelArguments: ModelArguments,
+        parser.DataArguments: DataArguments,
+        parser.FinetuningArguments: FinetuningArguments,
+    }
+    for arguments in (parser._TRAIN_ARGS, parser._INFER_ARGS, parser._EVAL_ARGS):
+        arguments[:] = [extended.get(cls, cls) for cls in arguments]
+    # Everywhere, since LLaMA-Factory makes and copies arguments of its own classes too, for a reference model say.
+    for cls in extended.values():
+        replace_everywhere(parser, cls.__name__, cls)
+
+    environment: dict[str, str | None] = {}  # what variables were before a parse set them
+
+    def checked(parse: Callable) -> Callable:
+        def parse_and_check(args: Any = None) -> tuple:
+            for name, value in environment.items():  # a run before this one in the same process, in a notebook say
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
+            environment.clear()
+            if isinstance(args, dict) and args.get("fsdp") and args.get("template") in (TEMPLATE, THINKING_TEMPLATE):
+                before = dict(os.environ)
+                try:
+                    _prepare_fsdp(args)
+                    parsed = parse(args)
+                finally:
+                    changed = [n for n in os.environ if n.startswith(_FSDP) and os.environ[n] != before.get(n)]
+                    environment.update({name: before.get(name) for name in changed})
+            else:
+                parsed = parse(args)
+            finetuning_args = next(p for p in parsed if hasattr(p, "finetuning_type"))
+            ours = parsed[1].template in (TEMPLATE, THINKING_TEMPLATE)
+            parsed[0].video_template = finetuning_args.video_template = ours
+            _check_keys_fit_template(parsed[0], parsed[1], finetuning_args)
+            for training_args in (p for p in parsed if hasattr(p, "do_train")):
+                parsed[0].video_training = training_args.do_train
+                if ours and finetuning_args.stage != "sft":
+                    raise ValueError(
+                        f"stage: {finetuning_args.stage} does not go with template {parsed[1].template}, which trains "
+                        "with `stage: sft`; for other stages LLaMA-Factory has its own template qwen3_vl"
+                    )
+                from ..train.optimizer import check_deepspeed
+
+                # transformers asks nobody for an optimizer that DeepSpeed makes, so it is seen here.
+                check_deepspeed(training_args.deepspeed, finetuning_args)
+            if ours:
+                training = next((p for p in parsed if hasattr(p, "do_train")), None)
+                _check_folders(parser.logger, parsed[0], training, finetuning_args)
+            return parsed
+
+        return parse_and_check
+
+    for name in ("_parse_train_args", "_parse_infer_args", "_parse_eval_args"):
+        replace_everywhere(parser, name, checked(getattr(parser, name)))
+
+    stock_last_checkpoint = parser.get_last_checkpoint
+
+    def get_last_checkpoint(folder: str) -> str | None:
+        from ..train.checkpoint import last_whole_checkpoint
+        from ..train.run_record import FILE
+
+        # Only our trainer writes that file, before its first checkpoint.
+        return (last_whole_checkpoint if Path(folder, FILE).is_file() else stock_last_checkpoint)(folder)
+
+    replace_everywhere(parser, "get_last_checkpoint", get_last_checkpoint)
+
+
+_FSDP = ("FSDP_", "ACCELERATE_USE_FSDP")  # how variables begin that set up FSDP, by us or by transformers
+
+
+def _prepare_fsdp(args: dict[str, Any]) -> None:
+    """What `accelerate launch` sets for FSDP, and LLaMA-Factory and accelerate read before they read the recipe."""
+    config = args.get("fsdp_config") or {}
+    if isinstance(config, str):
+        config = json.loads(Path(config).read_text(encoding="utf-8"))
+    version = config.get("version", config.get("fsdp_version", 1))
+    # Otherwise accelerate saves parts that no other program can load.
+    variables = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": version, "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
+    for name, value in variables.items():
+        os.environ.setdefault(name, str(value))
+
+
+def _check_folders(logger: Any, model_args: Any, training_args: Any, finetuning_args: Any) -> None:
+    """A folder that is missing is not asked of the hub; one that holds another run, or cannot be written, is said."""
+    for path in (model_args.model_name_or_path, *(model_args.adapter_name_or_path or ())):
+        if not path:
+            raise ValueError("model_name_or_path is empty; give the folder of a model, or the name of one on the hub")
+        # Qwen/Qwen3-VL-4B-Instruct is a name on the hub, also where there is a folder Qwen.
+        is_local = path.startswith((".", "/", "~", "output/")) or path.count("/") > 1
+        if is_local and not Path(path).is_dir():
+            raise ValueError(f"no folder {path}; give the folder of a model or adapter, or the name of one on the hub")
+    if training_args is None:
+        return
+    folder = Path(training_args.output_dir)
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"output_dir {folder} cannot be written: {there} is read-only")
+    if not training_args.do_train:
+        return
+    from ..train.checkpoint import check_resumable, last_whole_checkpoint
+
+    given = training_args.resume_from_checkpoint
+    before = given
+    if given is True or (given is None and not getattr(training_args, "overwrite_output_dir", False)):
+        before = last_whole_checkpoint(folder)
+        if given is True:
+            if before is None:
+                raise ValueError(f"resume_from_checkpoint is true, and {folder} holds no whole checkpoint")
+            training_args.resume_from_checkpoint = before
+    if not isinstance(before, str):
+        return
+    # Of a recipe that trains an adapter: what its weights depend on, by its name in adapter_config.json.
+    lora = {"r": "lora_rank", "lora_alpha": "lora_alpha", "use_dora": "use_dora"}
+    keys = {"lora": lora, "oft": {}}.get(finetuning_args.finetuning_type)
+    adapter = None if keys is None else {name: (key, getattr(finetuning_args, key)) for name, key in keys.items()}
+    check_resumable(Path(before), finetuning_args.finetuning_type, adapter)
+    if Path(folder, "train_results.json").is_file():
+        logger.warning_rank0(
+            f"{training_args.output_dir} holds a finished run, and this one goes on from its last checkpoint. To train "
+            "anew, give another output_dir or remove that folder."
+        )
+
+
+def _check_keys_fit_template(model_args: Any, data_args: Any, finetuning_args: Any) -> None:
+    from ..video.dialects import LLAMAFACTORY_DEFAULTS
+
+    if data_args.template in (TEMPLATE, THINKING_TEMPLATE):
+        if data_args.packing and not data_args.neat_packing:
+            raise ValueError("packing lets samples attend to each other; use `neat_packing: true` instead")
+        if data_args.tokenized_path is not None:
+            raise ValueError("tokenized_path has no use here: video templates tokenize a record when it is needed")
+        if model_args.infer_backend != "huggingface":
+            raise ValueError(
+                f"infer_backend {model_args.infer_backend} samples clips in its own way, not as the prompt tells; "
+                f"video templates work with `infer_backend: huggingface`"
+            )
+        return
+    for kind in ("video", "image"):  # which our keys fit to each other, and LLaMA-Factory refuses
+        least, most = f"{kind}_min_pixels", f"{kind}_max_pixels"
+        given = {**LLAMAFACTORY_DEFAULTS, **model_args.given_video_keys}
+        if given[least] > given[most]:
+            raise ValueError(f"`{most}` cannot be smaller than `{least}`.")
+    ours = {
+        "video_sampling": model_args.video_sampling is not None,
+        "video_timestamps": model_args.video_timestamps is not None,
+        "video_min_frames": model_args.video_min_frames is not None,
+        "video_total_pixels": model_args.video_total_pixels is not None,
+        "video_fit": data_args.video_fit != "error",
+        "loss_normalization": finetuning_args.loss_normalization != "tokens",
+        "gradient_check": finetuning_args.gradient_check != "error",
+        "video_cache_dir": model_args.video_cache_dir is not None,
+        "video_cache_gb": model_args.video_cache_gb is not None,
+    }
+    given = next((name for name, set_ in ours.items() if set_), None)
+    if given:
+        raise ValueError(f"{given} works with `template: {TEMPLATE}`; found template {data_args.template}")

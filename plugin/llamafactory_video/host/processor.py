@@ -1,0 +1,177 @@
+"""A model's processor and tokenizer, as the recipe and the model's folder say how clips are sampled."""
+
+from collections.abc import Callable, Sequence
+from copy import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..video.cache import GIB, FrameCache, default_folder
+from ..video.contract import Contract
+from ..video.dialects import image_bounds_of, resolve_sampling
+from ..video.sampling import Sampling
+from .keys import VideoModelKeys
+
+if TYPE_CHECKING:
+    from ..video.contract import Contract
+
+_LEAST_CACHE = 1 * GIB  # below it, a cache that nobody asked for is not worth its place
+
+
+def frame_cache(keys: VideoModelKeys, log: Callable[[str], None]) -> FrameCache | None:
+    """The cache of frames that the recipe asks for, or None where there is no room for it; says which, with its size.
+
+    Args:
+        log: takes a line for the person who runs this.
+    """
+    if not keys.video_cache:
+        return None
+    without = (
+        "Frame cache: off, since {}. Every clip is decoded in every epoch. `video_cache_dir` names another place."
+    )
+    try:
+        folder = Path(keys.video_cache_dir).expanduser() if keys.video_cache_dir else default_folder()
+        cache = FrameCache(folder, None if keys.video_cache_gb is None else int(keys.video_cache_gb * GIB))
+        if cache.limit < _LEAST_CACHE and keys.video_cache_gb is None:
+            log(without.format(f"the disk of {folder} has only {cache.limit / GIB:.1f} GiB to spare"))
+            return None
+        size = cache.size()
+    except (OSError, RuntimeError) as error:  # a folder that may not be looked into, a user without a home
+        log(without.format(f"its folder cannot be used ({error})"))
+        return None
+    log(
+        f"Frame cache: {folder}, {size.clips} clips in {size.bytes / GIB:.2f} GiB, may grow to {cache.limit / GIB:.1f} "
+        "GiB (about 6 KiB a visual token). `video_cache: false` turns it off."
+    )
+    return cache
+
+
+def take_trained_processors(processor: Any, adapters: Sequence[str]) -> None:
+    """Sample as the last adapter was trained: its folder holds the processor files that the base model's lack."""
+    for folder in reversed(adapters):
+        if Path(folder, "processor_config.json").is_file():
+            from transformers import AutoProcessor
+
+            trained = AutoProcessor.from_pretrained(folder)
+            processor.video_processor, processor.image_processor = trained.video_processor, trained.image_processor
+            return
+
+
+def apply_to_processor(
+    dialect: str | None,
+    given: dict[str, Any],
+    processor: Any,
+    timestamps: str | None = None,
+    trained: Contract | None = None,
+) -> Contract:
+    """Resolve the keys and, where the processor can hold them, write them into it.
+
+    In the dialect `qwen_finetune` the settings live in the processor itself, so plain transformers samples from a folder
+    that it is saved in as training did.
+
+    Args:
+        trained: how the model was, if its folder tells.
+
+    Returns:
+        How clips and images are sampled.
+    """
+    video_processor, image_processor = processor.video_processor, processor.image_processor
+    sampling = resolve_sampling(dialect, given, video_processor, timestamps, trained and trained.clips)
+    size = image_processor.size
+    pixels = size.shortest_edge, size.longest_edge
+    if trained is not None and trained.clips.dialect == sampling.dialect:
+        pixels = trained.image_pixels
+    if sampling.dialect == "qwen_finetune":
+        tell_processor(video_processor, sampling)
+        pixels = image_bounds_of(given, pixels)
+    image_processor.size = _bounded(size, *pixels)
+    return Contract(sampling, pixels)
+
+
+def tell_processor(video_processor: Any, sampling: Sampling) -> None:
+    """Write a `qwen_finetune` sampling into transformers' video processor."""
+    video_processor.fps = sampling.fps
+    video_processor.min_frames, video_processor.max_frames = sampling.min_frames, sampling.max_frames
+    video_processor.size = _bounded(video_processor.size, sampling.min_pixels, sampling.max_pixels)
+    # A bound on each frame, which transformers from 5.16 on warns of and means to set by default.
+    video_processor.cap_pixels_per_frame = False
+
+
+def _bounded(size: Any, least: int, most: int) -> Any:
+    return type(size)(shortest_edge=least, longest_edge=most)
+
+
+def _saved_file(name: str, file: str, model_args: Any, **options: Any) -> str | None:
+    """A file beside a model or an adapter, in its folder or on the hub; None if there is none."""
+    from transformers.utils import cached_file
+
+    options = {**options, "cache_dir": model_args.cache_dir, "token": model_args.hf_hub_token}
+    errors = ("gated_repo", "missing_entries", "connection_errors")
+    return cached_file(name, file, **options, **{f"_raise_exceptions_for_{error}": False for error in errors})
+
+
+def trained_contract(model_args: Any) -> "tuple[str, Contract] | None":
+    """How the model was sampled when it was trained, and the folder that says so; an adapter's before its model's."""
+    from ..video.contract import FILE, agreed, read_contract
+
+    def find(name: str, **options: Any) -> "list[tuple[str, Contract]]":
+        file = _saved_file(name, FILE, model_args, **options)
+        return [] if file is None else [(name, read_contract(Path(file)))]
+
+    adapters = [pair for name in model_args.adapter_name_or_path or () for pair in find(name)]
+    return agreed(adapters or find(model_args.model_name_or_path, revision=model_args.model_revision))
+
+
+def save_with_contract(processor: Any, contract: "Contract", log: Callable[[str], None]) -> None:
+    """Have a processor write the contract wherever it is saved, and for plain transformers what comes nearest to it."""
+    from ..video.contract import Contract, difference, nearest, write_contract
+
+    save, told = processor.save_pretrained, []
+
+    def save_pretrained(folder: Any, *args: Any, **kwargs: Any) -> Any:
+        video_processor, own = processor.video_processor, copy(processor.video_processor)
+        near = nearest(contract.clips)
+        if near != contract.clips and not told:
+            told.append(True)
+            log(
+                f"transformers without this plugin cannot sample as {contract.clips.dialect} does. For it, {folder} has "
+                f"what comes nearest: {difference(contract, Contract(near, contract.image_pixels))}"
+            )
+        tell_processor(own, near)
+        processor.video_processor = own
+        try:
+            saved = save(folder, *args, **kwargs)
+        finally:
+            processor.video_processor = video_processor
+        write_contract(Path(folder), contract)
+        return saved
+
+    processor.save_pretrained = save_pretrained
+
+
+def add_trained_tokens(tokenizer: Any, model_args: Any, log: Callable[[str], None]) -> None:
+    """Tokens that adapters were trained with and their model's tokenizer lacks, at the places that they had.
+
+    Raises:
+        ValueError: if such a place is taken by another token.
+    """
+    from transformers import AutoTokenizer
+
+    for name in model_args.adapter_name_or_path or ():
+        if _saved_file(name, "tokenizer_config.json", model_args) is None:
+            continue
+        known, added = tokenizer.get_vocab(), []
+        for number, token in sorted(AutoTokenizer.from_pretrained(name).added_tokens_decoder.items()):
+            if token.content not in known:
+                tokenizer.add_tokens([token], special_tokens=token.special)
+                added.append(token.content)
+            found = tokenizer.convert_tokens_to_ids(token.content)
+            if found != number:
+                raise ValueError(
+                    f"{name} was trained with the token {token.content} at {number}, and here it is at {found}: its model "
+                    "or another adapter has other tokens. Give the model that it was trained on"
+                )
+        if added:
+            model_args.resize_vocab = True
+            log(
+                f"{name} was trained with {len(added)} more tokens than its model has: {', '.join(added)}. They are added."
+            )

@@ -1,0 +1,174 @@
+"""Annotation files -> their records, read as a stream; and the files that records name."""
+
+import codecs
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from .json_text import RecordDecoder, read_json
+from .report import DatasetError, RawRecord
+
+_CHUNK = 4 << 20  # characters read from a file at a time
+
+
+def annotation_files(path: Path) -> list[Path]:
+    """The JSON and JSONL files at a path: itself, or those of a folder in order of their names.
+
+    Raises:
+        DatasetError: if there are none.
+    """
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in (".json", ".jsonl"))
+        if not files:
+            raise DatasetError(f"{path}: no .json or .jsonl file in this folder")
+        return files
+    if not path.is_file():
+        raise DatasetError(f"{path}: no such file; check `file_name` in dataset_info.json and `dataset_dir`")
+    return [path]
+
+
+def _read_text(file: Path) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    with file.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            yield decoder.decode(chunk)
+        yield decoder.decode(b"", final=True)
+
+
+def read_records(file: Path) -> Iterator[RawRecord]:
+    """The records of one file, in order: a JSON array, or one JSON value on each line.
+
+    A record that is wrong in itself is one wrong record. Where the rest of a file cannot be read, the last record
+    says so.
+    """
+    try:
+        yield from _read_array(file) if _first_character(file) == "[" else _read_lines(file)
+    except UnicodeDecodeError as error:
+        yield RawRecord(file, 0, 0, error=f"not UTF-8 ({error.reason}); save the file as UTF-8", is_last=True)
+
+
+def _first_character(file: Path) -> str:
+    with file.open("rb") as stream:
+        return stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1].decode("ascii", "replace")
+
+
+def _read_lines(file: Path) -> Iterator[RawRecord]:
+    number = 0
+    # Lines end at \n alone: str.splitlines would also split inside texts, at U+2028 and others.
+    with file.open("rb") as stream:
+        for line, raw in enumerate(stream, start=1):
+            if not (raw := raw.removeprefix(codecs.BOM_UTF8).strip() if line == 1 else raw.strip()):
+                continue
+            number += 1
+            try:
+                value, problems = read_json(raw.decode())
+            except UnicodeDecodeError as error:
+                value, problems = None, [f"not UTF-8 ({error.reason}); save it as UTF-8"]
+            is_last = bool(problems) and number == 1 and file.suffix == ".json"
+            if is_last:
+                problems.append("a .json file holds an array of records, or one record on each line")
+            yield RawRecord(file, number, line, value, "; ".join(problems) or None, is_last)
+            if is_last:
+                return
+
+
+def _read_array(file: Path) -> Iterator[RawRecord]:
+    chunks = _read_text(file)
+    buffer, position, line, number, ended = "", 0, 1, 0, False
+
+    def refill() -> None:
+        """Drop what was read, and read as much again as is left, so that a long record costs linear time."""
+        nonlocal buffer, position, ended
+        buffer, position = buffer[position:], 0
+        wanted = 2 * len(buffer) + 1
+        while not ended and len(buffer) < wanted:
+            text = next(chunks, None)
+            ended = text is None
+            buffer += text or ""
+
+    def skip(characters: str) -> str:
+        """Step over blanks and those characters; the next character, or "" at the end of the file."""
+        nonlocal position, line
+        while True:
+            while position < len(buffer) and buffer[position] in characters:
+                line += buffer[position] == "\n"
+                position += 1
+            if position < len(buffer) or ended:
+                return buffer[position : position + 1]
+            refill()
+
+    def unreadable(number: int, line: int, error: str) -> RawRecord:
+        return RawRecord(file, number, line, error=f"{error}; nothing after it was read", is_last=True)
+
+    decoder = RecordDecoder()
+    blanks = " \t\r\n"
+    skip(blanks + codecs.BOM_UTF8.decode())
+    position += 1  # the opening bracket
+    following = skip(blanks)
+    while following not in ("]", ""):
+        number += 1
+        while True:
+            decoder.problems = []
+            try:
+                value, end = decoder.raw_decode(buffer, position)
+                # A number or a word at the end of the buffer may go on in the next chunk.
+                if end < len(buffer) or ended:
+                    break
+            except RecursionError:
+                yield unreadable(number, line, "nested too deeply")
+                return
+            except json.JSONDecodeError as error:
+                if ended:
+                    at = line + buffer.count("\n", position, error.pos)
+                    yield unreadable(number, line, f"not JSON: {error.msg} (line {at})")
+                    return
+            refill()
+        text = buffer[position:end]
+        problems = decoder.problems
+        if not problems and "\\u" in text:
+            problems = read_json(text)[1]
+        yield RawRecord(file, number, line, value, "; ".join(problems) or None)
+        line += text.count("\n")
+        position = end
+        following = skip(blanks)
+        if following == ",":
+            position += 1
+            following = skip(blanks)
+            if following == "]":
+                yield unreadable(number + 1, line, "a comma before the closing bracket")
+                return
+        elif following != "]":
+            found = f"{following!r}" if following else "the end of the file"
+            yield unreadable(number + 1, line, f"expected , or ] and found {found}")
+            return
+    if following == "":
+        yield unreadable(number + 1, line, "the array does not end: ] is missing; the file may be cut off")
+        return
+    position += 1
+    if rest := skip(blanks):
+        yield unreadable(number + 1, line, f"{rest!r} after the end of the array")
+
+
+class MediaFinder:
+    """Finds the files that records name, below `media_dir` first, then as the path stands.
+
+    Each folder is listed once: asking a network file system for every clip of 200,000 would take minutes.
+    """
+
+    def __init__(self, media_dir: str) -> None:
+        self.media_dir = media_dir
+        self._listings: dict[str, frozenset[str]] = {}
+
+    def _is_file(self, path: str) -> bool:
+        folder, name = os.path.split(path)
+        if folder not in self._listings:
+            try:
+                with os.scandir(folder or ".") as entries:
+                    self._listings[folder] = frozenset(entry.name for entry in entries if entry.is_file())
+            except OSError:
+                self._listings[folder] = frozenset()
+        return name in self._listings[folder]
+
+    def __call__(self, path: str) -> str | None:
+        return next((p for p in (os.path.join(self.media_dir, path), path) if self._is_file(p)), None)

@@ -1,0 +1,242 @@
+"""Annotation files -> a memory-mapped table of checked conversations.
+
+Records are read as a stream and written to an Arrow file in the Hugging Face datasets cache, keyed by the
+annotation files' paths, sizes and times and by the settings. 200,000 records or a million take the same memory, and
+the processes of a run share it.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+from tqdm import tqdm
+
+from .. import media
+from ..digest import code_digest
+from ..media import ASSISTANT, FUNCTION, Conversation
+from . import clips, files, json_text, parse
+from .clips import Problem, RecordKeys
+from .files import MediaFinder, annotation_files, read_records
+from .json_text import read_json
+from .parse import is_text_items, parse_record
+from .report import DatasetError, RawRecord, WrongRecords, report_wrong
+
+# LLaMA-Factory's columns of an aligned dataset, so that ours can be mixed with others, and where a record came from.
+FEATURES = datasets.Features(
+    {
+        "_prompt": [{"content": datasets.Value("string"), "role": datasets.Value("string")}],
+        "_response": [{"content": datasets.Value("string"), "role": datasets.Value("string")}],
+        "_system": datasets.Value("string"),
+        "_tools": datasets.Value("string"),
+        "_images": [datasets.Value("string")],
+        "_videos": [datasets.Value("string")],
+        "_audios": [datasets.Value("string")],
+        "_source": datasets.Value("string"),
+    }
+)
+_PROGRAM = (__name__, *(module.__name__ for module in (media, clips, files, json_text, parse)))
+_ROWS = 5000  # rows written at a time
+
+
+def to_row(conversation: Conversation, source: str) -> dict[str, Any]:
+    """A conversation as a row of `FEATURES`."""
+    messages = [{"content": text, "role": role} for role, text in conversation.messages]
+    return {
+        "_prompt": messages[:-1],
+        "_response": messages[-1:],
+        "_system": conversation.system,
+        "_tools": conversation.tools,
+        "_images": conversation.images or None,
+        "_videos": [clip.encode() for clip in conversation.videos] or None,
+        "_audios": None,
+        "_source": source,
+    }
+
+
+def _cache_key(files: list[Path], settings: tuple) -> str:
+    # With another program, records may come out otherwise: what an earlier one made of them is not used.
+    facts = [
+        code_digest(*_PROGRAM),
+        repr(settings),
+    ]
+    for file in files:
+        stat = file.stat()
+        facts.append(f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}")
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:32]
+
+
+def load_conversations(
+    path: Path,
+    media_dir: str,
+    keys: RecordKeys = RecordKeys(),  # noqa: B008 - frozen
+    indent: int | None = None,
+    skip_wrong: bool = False,
+    name: str | None = None,
+    report_dir: Path | None = None,
+    cache_dir: str | None = None,
+    refresh: bool = False,
+    log: Callable[[str], None] = print,
+    progress: bool = True,
+) -> datasets.Dataset:
+    """Read, check and store the records of a file or a folder.
+
+    Args:
+        path: a .json or .jsonl file, or a folder of them.
+        media_dir: folder to which paths in records are relative.
+        keys: names of the records' fields.
+        indent: for answers that are JSON values: spaces a level, or None for one line.
+        skip_wrong: leave wrong records out and say so, instead of stopping.
+        name: of the data set; names the report.
+        report_dir: where the list of wrong records is written when there are any.
+        cache_dir: where the Arrow file is kept; the datasets cache by default.
+        refresh: read the files again even if they are in the cache.
+        log: takes a line for the person who runs this.
+        progress: show a progress bar.
+
+    Returns:
+        A memory-mapped dataset with the columns of `FEATURES`.
+
+    Raises:
+        DatasetError: listing every wrong record, unless `skip_wrong`.
+    """
+    files = annotation_files(path)
+    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "llamafactory_video"
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = folder / f"{_cache_key(files, (os.path.abspath(media_dir), keys, indent))}.arrow"
+    notes = stored.with_suffix(".json")  # what was wrong when it was stored: said each time
+    if not refresh and stored.is_file() and notes.is_file():
+        dataset, known = datasets.Dataset.from_file(str(stored)), json.loads(notes.read_text(encoding="utf-8"))
+        # A clip can vanish while its annotation stays: ask again, by folder, which takes a moment.
+        if not _missing_media(dataset, MediaFinder("")):
+            wrong = WrongRecords(**known["wrong"])
+            report_wrong(wrong, path, known["total"], skip_wrong, name, report_dir, log)
+            return dataset
+    wrong = WrongRecords()
+    total = 0
+    _remove_leftovers(folder)
+    # A name of its own, even beside a process of the same number on another node.
+    handle, partial = tempfile.mkstemp(dir=folder, prefix=stored.stem, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file, pa.ipc.new_stream(file, FEATURES.arrow_schema) as writer:
+            rows: list[dict[str, Any]] = []
+            for record, conversation, problems in _checked(files, MediaFinder(media_dir), keys, indent, progress):
+                total += 1
+                if problems:
+                    wrong.add(record, problems)
+                else:
+                    wrong.note(record, conversation.notes)
+                    rows.append(to_row(conversation, record.place))
+                if len(rows) >= _ROWS:
+                    writer.write(pa.RecordBatch.from_pylist(rows, schema=FEATURES.arrow_schema))
+                    rows.clear()
+            writer.write(pa.RecordBatch.from_pylist(rows, schema=FEATURES.arrow_schema))
+        report_wrong(wrong, path, total, skip_wrong, name, report_dir, log)
+        notes.write_text(json.dumps({"wrong": asdict(wrong), "total": total}, ensure_ascii=False), encoding="utf-8")
+        os.replace(partial, stored)
+    finally:
+        Path(partial).unlink(missing_ok=True)
+    return datasets.Dataset.from_file(str(stored))
+
+
+def check_rows(
+    rows: datasets.Dataset,
+    media_dir: str,
+    keys: RecordKeys,
+    indent: int | None,
+    skip_wrong: bool,
+    name: str,
+    report_dir: Path | None,
+    log: Callable[[str], None],
+) -> datasets.Dataset:
+    """Check records that come from a hub, as JSON texts in a column `_record`; see `load_conversations`."""
+    wrong, good, find = WrongRecords(), [], MediaFinder(media_dir)
+    for number, row in enumerate(rows, start=1):
+        value, wrong_json = read_json(row["_record"])
+        record = RawRecord(Path(name), number, 0, value)
+        conversation, problems = parse_record(value, find, keys, indent)
+        problems += [Problem("record", text, "one JSON object is needed") for text in wrong_json]
+        if merged := _merged_objects(value, keys):
+            raise DatasetError(
+                f"{name}: {merged} holds objects. A hub's table gives those of all records the same keys and fills the "
+                "rest with null, so they are not what was written. Write them as JSON text, or download the files and "
+                "register them with `file_name`"
+            )
+        if problems:
+            wrong.add(record, problems)
+        else:
+            wrong.note(record, conversation.notes)
+            good.append(to_row(conversation, record.place))
+    report_wrong(wrong, Path(name), len(rows), skip_wrong, name, report_dir, log)
+    return datasets.Dataset.from_list(good, features=FEATURES)
+
+
+def _merged_objects(record: Any, keys: RecordKeys) -> str | None:
+    """The field of a hub's record in which an answer or a tool is an object."""
+
+    def holds_object(value: Any) -> bool:
+        return isinstance(value, dict) or (isinstance(value, list) and any(map(holds_object, value)))
+
+    for name in keys.tools:
+        if holds_object(record.get(name)):
+            return name
+    roles = dict(keys.roles)
+    for name in keys.messages:
+        turns = record.get(name)
+        for turn in turns if isinstance(turns, list) else ():
+            if not isinstance(turn, dict):
+                continue  # wrong in another way, which the record's own check says
+            role = next((roles.get(turn[key]) for key in keys.role if isinstance(turn.get(key), str)), None)
+            if role in (ASSISTANT, FUNCTION):
+                for key in keys.content:
+                    value = turn.get(key)
+                    if holds_object(value) and not is_text_items(value):
+                        return f"{name}, {key} of an answer,"
+    return None
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove partial files of killed runs, a day old: no other process can still be writing them."""
+    for file in folder.glob("*.tmp"):
+        with contextlib.suppress(OSError):
+            if file.stat().st_mtime < time.time() - 86400:
+                file.unlink()
+
+
+def _checked(
+    files: list[Path], find: MediaFinder, keys: RecordKeys, indent: int | None, progress: bool
+) -> Iterator[tuple[RawRecord, Conversation, list[Problem]]]:
+    with tqdm(unit=" records", desc="Reading annotations", disable=not progress, mininterval=1) as bar:
+        for file in files:
+            for record in read_records(file):
+                bar.update()
+                error = record.error
+                try:
+                    if not error:
+                        yield record, *parse_record(record.value, find, keys, indent)
+                except RecursionError:
+                    error = "nested too deeply"
+                if error:
+                    yield record, Conversation([]), [Problem("record", error, "one JSON object is needed")]
+
+
+def _missing_media(dataset: datasets.Dataset, find: MediaFinder) -> bool:
+    for column in ("_videos", "_images"):
+        for batch in dataset.data.column(column).chunks:
+            for text in batch.flatten().unique().to_pylist():
+                if text.startswith("{"):
+                    clip = json.loads(text)
+                    paths = [clip["path"]] if "path" in clip else clip["frames"]
+                else:
+                    paths = [text]
+                if any(find(path) is None for path in paths):
+                    return True
+    return False
