@@ -29,10 +29,9 @@ import numpy as np
 import torch
 from llamafactory.data.mm_plugin import get_mm_plugin
 from llamafactory_video.host.processor import apply_to_processor
-from llamafactory_video.prompt.encoder import RecordEncoder
+from llamafactory_video.prompt.encoder import Encoder
 from llamafactory_video.prompt.pixels import frames_to_patches
 from llamafactory_video.records.parse import parse_record
-from llamafactory_video.records.table import to_row
 from llamafactory_video.video import decode
 from llamafactory_video.video.cache import FrameCache
 from llamafactory_video.video.probe import ClipError, probe
@@ -111,14 +110,14 @@ def first_reads(clips: list[Path], processor: Any, sampling: Any, threads: int, 
 
         def read(clip: Path = clip) -> torch.Tensor:
             reader = ClipReader(sampling, threads=threads)
-            return frames_to_patches(reader.show(str(clip)).frames, processor.video_processor)
+            return frames_to_patches(reader.read(str(clip)).frames, processor.video_processor)
 
         def read_stock(clip: Path = clip) -> torch.Tensor:
             made = stock.get_mm_inputs([], [str(clip)], [], [0], [1], [0], [[]], stock_processor)
             return made["pixel_values_videos"]
 
         try:
-            packets = probe(str(clip)).info.num_frames
+            packets = probe(str(clip))[0].info.num_frames
             for _ in range(rounds):
                 theirs.append(timed(read_stock)[:2])
                 calls = 0
@@ -146,11 +145,11 @@ def first_reads(clips: list[Path], processor: Any, sampling: Any, threads: int, 
 
 def cached_reads(clip: Path, processor: Any, sampling: Any, folder: Path, reads: int) -> dict[str, Any]:
     reader = ClipReader(sampling, FrameCache(folder, 1 << 33))
-    plan = reader.show(str(clip)).plan
+    plan = reader.read(str(clip)).plan
     torch.set_num_threads(1)
     spent, memory = [], []
     for i in tqdm(range(reads), desc="Cached reads"):
-        cpu, _, _ = timed(lambda: frames_to_patches(reader.show(str(clip)).frames, processor.video_processor))
+        cpu, _, _ = timed(lambda: frames_to_patches(reader.read(str(clip)).frames, processor.video_processor))
         spent.append(cpu)
         if i % (reads // 20) == 0:
             memory.append(memory_mib())
@@ -168,7 +167,7 @@ def cached_reads(clip: Path, processor: Any, sampling: Any, folder: Path, reads:
 def records(clip: Path, processor: Any, sampling: Any, folder: Path, count: int) -> dict[str, Any]:
     """Records encoded per second, by one core: with probes in memory, in the cache on disk, and without."""
     torch.set_num_threads(1)
-    rows = []
+    conversations = []
     for i in range(count):
         own = folder / f"{i}{clip.suffix}"
         shutil.copyfile(clip, own)
@@ -181,17 +180,17 @@ def records(clip: Path, processor: Any, sampling: Any, folder: Path, count: int)
             {"from": "gpt", "value": answer},
         ]
         conversation, _ = parse_record({"video": str(own), "conversations": turns}, lambda path: path)
-        rows.append(to_row(conversation, f"record {i}"))
+        conversations.append(conversation)
     cache = FrameCache(folder / "cache", 1 << 33)
     result = {}
     reader = ClipReader(sampling, cache)
     for name in ("without probes", "probes on disk", "probes in memory"):
         if name == "probes on disk":
             reader = ClipReader(sampling, cache)
-        encoder = RecordEncoder(processor.tokenizer, processor, reader, cutoff_len=8192)
+        encoder = Encoder(processor.tokenizer, processor, reader, cutoff_len=8192)
         if name == "without probes":
-            encoder.encode(rows[0])  # the tokenizer and the chat template warm up
-        cpu, wall, _ = timed(lambda encoder=encoder: [encoder.encode(row) for row in rows])
+            encoder.encode(conversations[0])  # the tokenizer and the chat template warm up
+        cpu, wall, _ = timed(lambda encoder=encoder: [encoder.encode(conversation) for conversation in conversations])
         result[name] = {"clips_a_second": round(count / wall, 1), "clips_a_cpu_second": round(count / cpu, 1)}
         print(f"record to ids, {name}: {count / wall:.0f} clips/s, {count / cpu:.0f} a CPU second")
     return result

@@ -39,14 +39,15 @@ def reader(folder, limit=100 * MIB, **settings):
 
 
 def test_a_clip_is_decoded_once(clip, tmp_path, decoded):
-    plain = ClipReader(SAMPLING).show(str(clip))
+    plain = ClipReader(SAMPLING).read(str(clip))
+    plain_clip = ClipReader(SAMPLING).plan(str(clip))
     decoded.clear()
     for _ in range(2):  # a reader of its own: another process, another run
-        shown = reader(tmp_path / "cache").show(str(clip))
+        shown = reader(tmp_path / "cache").read(str(clip))
         assert shown.plan == plain.plan
         assert np.array_equal(shown.frames, plain.frames)
     assert len(decoded) == 1
-    assert reader(tmp_path / "cache").store(str(clip)) is False
+    assert reader(tmp_path / "cache").store(plain_clip) is False
 
 
 def test_another_plan_or_content_never_meets_an_old_entry(clip, tmp_path, decoded):
@@ -54,41 +55,41 @@ def test_another_plan_or_content_never_meets_an_old_entry(clip, tmp_path, decode
     path.write_bytes(clip.read_bytes())
     settings = [{}, {"fps": 2.0}, {"max_pixels": 16384, "min_pixels": 8192}, {"max_frames": 6}]
     for given in settings:
-        shown = reader(folder, **given).show(str(path))
-        assert np.array_equal(shown.frames, ClipReader(SAMPLING.override(**given)).show(str(path)).frames)
+        shown = reader(folder, **given).read(str(path))
+        assert np.array_equal(shown.frames, ClipReader(SAMPLING.override(**given)).read(str(path)).frames)
     assert reader(folder).cache.size().clips == len(settings)
     for override in (Clip(str(path), start=1.0), Clip(str(path), end=1.0)):
-        assert np.array_equal(reader(folder).show(override).frames, ClipReader(SAMPLING).show(override).frames)
+        assert np.array_equal(reader(folder).read(override).frames, ClipReader(SAMPLING).read(override).frames)
 
     first = os.stat(path)
     write_clip(path, seed=5)
     os.utime(path, ns=(first.st_atime_ns, first.st_mtime_ns + 1))
-    edited = reader(folder).show(str(path)).frames
-    assert np.array_equal(edited, ClipReader(SAMPLING).show(str(path)).frames)
+    edited = reader(folder).read(str(path)).frames
+    assert np.array_equal(edited, ClipReader(SAMPLING).read(str(path)).frames)
     # The same content under another name is the same entry.
     (tmp_path / "copy.mp4").write_bytes(clip.read_bytes())
     decoded.clear()
-    reader(folder).show(str(tmp_path / "copy.mp4"))
+    reader(folder).read(str(tmp_path / "copy.mp4"))
     assert not decoded
 
 
 def test_pictures_are_kept_too(clip, tmp_path):
     paths = []
-    for i, frame in enumerate(ClipReader(SAMPLING).show(str(clip)).frames[:4]):
+    for i, frame in enumerate(ClipReader(SAMPLING).read(str(clip)).frames[:4]):
         paths.append(str(tmp_path / f"{i}.png"))
         Image.fromarray(frame).save(paths[-1])
     video = Clip(frames=tuple(paths), frame_rate=4.0)
-    first = reader(tmp_path / "cache").show(video)
-    assert reader(tmp_path / "cache").store(video) is False
+    first = reader(tmp_path / "cache").read(video)
+    assert reader(tmp_path / "cache").store(ClipReader(SAMPLING).plan(video)) is False
     Image.new("RGB", (96, 64), "red").save(paths[1])
-    second = reader(tmp_path / "cache").show(video)
+    second = reader(tmp_path / "cache").read(video)
     assert not np.array_equal(first.frames, second.frames)
 
 
 @pytest.mark.parametrize("damage", ["flipped byte", "cut", "empty", "no header"])
 def test_damaged_entries_are_noticed(clip, tmp_path, decoded, caplog, damage):
     folder = tmp_path / "cache"
-    good = reader(folder).show(str(clip)).frames
+    good = reader(folder).read(str(clip)).frames
     (entry,) = (path for path in folder.glob("frames/*/*"))
     data = bytearray(entry.read_bytes())
     if damage == "flipped byte":
@@ -96,10 +97,10 @@ def test_damaged_entries_are_noticed(clip, tmp_path, decoded, caplog, damage):
     entry.write_bytes({"cut": data[:-1], "empty": b"", "no header": b"\n" + data[1:]}.get(damage, data))
     decoded.clear()
     with caplog.at_level(logging.WARNING):
-        assert np.array_equal(reader(folder).show(str(clip)).frames, good)
+        assert np.array_equal(reader(folder).read(str(clip)).frames, good)
     assert len(decoded) == 1
     assert f"{entry} is damaged" in caplog.text
-    assert np.array_equal(reader(folder).show(str(clip)).frames, good)
+    assert np.array_equal(reader(folder).read(str(clip)).frames, good)
     assert len(decoded) == 1
 
 
@@ -198,7 +199,7 @@ def test_room_is_left_for_others(clip, tmp_path, monkeypatch, caplog, disk, left
     for room, kept in ((left, False), (left + MIB, True)):
         monkeypatch.setattr(cache_module, "free_space", lambda _, room=room: (room, disk))
         used = reader(tmp_path / str(kept))
-        used.show(str(clip))
+        used.read(str(clip))
         assert used.cache.size().clips == kept
     assert f"takes no more (less than {left / (1 << 30):g} GiB of its disk" in caplog.text
 
@@ -231,28 +232,28 @@ def test_a_disk_that_takes_no_more(tmp_path):
 
 def test_a_folder_that_cannot_be_written(clip, tmp_path, caplog):
     (tmp_path / "file").write_text("")
-    shown = reader(tmp_path / "file" / "cache").show(str(clip))
-    assert np.array_equal(shown.frames, ClipReader(SAMPLING).show(str(clip)).frames)
+    shown = reader(tmp_path / "file" / "cache").read(str(clip))
+    assert np.array_equal(shown.frames, ClipReader(SAMPLING).read(str(clip)).frames)
     assert "takes no more (Not a directory)" in caplog.text
 
 
 def test_facts_of_files_are_kept(clip, tmp_path, monkeypatch):
     path = tmp_path / "片段.mp4"
     path.write_bytes(clip.read_bytes())
-    first = reader(tmp_path / "cache").plan(str(path))
+    first = reader(tmp_path / "cache").plan(str(path)).plan
     (facts,) = tmp_path.glob("cache/files/*/*.json")
     assert json.loads(facts.read_text(encoding="utf-8"))["path"] == str(path)
     assert "片段" in facts.read_text(encoding="utf-8")
     monkeypatch.setattr(clip_module, "probe", lambda *args: pytest.fail("probed again"))
-    assert reader(tmp_path / "cache").plan(str(path)) == first
+    assert reader(tmp_path / "cache").plan(str(path)).plan == first
     facts.write_text("{half")
     monkeypatch.undo()
-    assert reader(tmp_path / "cache").plan(str(path)) == first
+    assert reader(tmp_path / "cache").plan(str(path)).plan == first
 
 
 def test_info_and_clear(clip, tmp_path):
     cache = reader(tmp_path / "cache")
-    cache.show(str(clip))
+    cache.read(str(clip))
     assert (cache.cache.size().clips, cache.cache.size().files) == (1, 1)
     assert cache.cache.clear().clips == 1
     assert (cache.cache.size().clips, cache.cache.size().files) == (0, 0)
@@ -303,13 +304,13 @@ def test_a_folder_cleared_by_another_is_made_again(tmp_path, monkeypatch):
 
 def test_a_file_is_hashed_once(clip, tmp_path, monkeypatch):
     """A reader in another process, or of the next epoch, does not read the whole video for its hash."""
-    reader(tmp_path / "cache").show(str(clip))
+    reader(tmp_path / "cache").read(str(clip))
     monkeypatch.setattr(clip_module, "content_hash", lambda *args: pytest.fail("hashed again"))
-    reader(tmp_path / "cache").show(str(clip))
+    reader(tmp_path / "cache").read(str(clip))
 
 
 def test_what_a_reader_carries_is_the_same_in_every_run(clip, tmp_path):
     """datasets keys its own caches by it."""
     used = ClipReader(SAMPLING, FrameCache(tmp_path / "cache"))
-    used.show(str(clip))
+    used.read(str(clip))
     assert pickle.dumps(used) == pickle.dumps(ClipReader(SAMPLING, FrameCache(tmp_path / "cache")))

@@ -40,7 +40,7 @@ def pictures(path) -> list[np.ndarray]:
 def show(path, threads: int = 2):
     """Frames and their times in frames; None if the file is refused by name."""
     try:
-        shown = ClipReader(SAMPLING, timeout=20, threads=threads).show(Clip(str(path)))
+        shown = ClipReader(SAMPLING, timeout=20, threads=threads).read(Clip(str(path)))
     except ClipError as error:
         assert str(path) in str(error)
         return None
@@ -61,7 +61,7 @@ def wrong_ones(shown, whole: list[np.ndarray]) -> list[tuple[int, float]]:
 
 def numbers(path) -> set[int]:
     """Of all frames that can be shown; by their place in the file, since wanted times pass over some beside a gap."""
-    shown = ClipReader(SAMPLING.override(timestamps="index")).show(Clip(str(path)))
+    shown = ClipReader(SAMPLING.override(timestamps="index")).read(Clip(str(path)))
     assert len(set(shown.plan.indices)) == shown.plan.indices[-1] + 1
     return {int(number_in(frame)) for frame in shown.frames}
 
@@ -205,7 +205,7 @@ def test_fewer_frames_than_min_frames_are_refused(tmp_path):
     path = tmp_path / "short.mp4"
     path.write_bytes((CLIPS / "h264.mp4").read_bytes()[:-4000])
     with pytest.raises(ClipError, match=r"short\.mp4: .*fewer than video_min_frames, 24; replace it"):
-        ClipReader(SAMPLING.override(min_frames=24, max_frames=24)).show(str(path))
+        ClipReader(SAMPLING.override(min_frames=24, max_frames=24)).read(str(path))
 
 
 # --- The arithmetic --------------------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ import time
 import pytest
 from conftest import write_clip
 from llamafactory.hparams import get_train_args
+from llamafactory_video.host.prompt import clip_of
+from llamafactory_video.host.rows import LAYOUT
 from llamafactory_video.records import table as loader
 from llamafactory_video.records.clips import RecordKeys, decode_clip
 from llamafactory_video.records.parse import parse_record
@@ -47,7 +49,7 @@ def test_records_that_another_parser_made_are_read_anew(tmp_path, monkeypatch):
 
     def load():
         return load_conversations(
-            tmp_path / "a.json", str(tmp_path), cache_dir=str(tmp_path / "cache"), progress=False
+            tmp_path / "a.json", str(tmp_path), LAYOUT, cache_dir=str(tmp_path / "cache"), progress=False
         )
 
     assert load()[0]["_prompt"][0]["content"] == "问"
@@ -64,11 +66,11 @@ def test_records_that_another_parser_made_are_read_anew(tmp_path, monkeypatch):
 def test_facts_and_frames_of_another_release_are_not_used(tmp_path, monkeypatch):
     file = str(write_clip(tmp_path / "a.mp4"))
     store = cache.FrameCache(tmp_path / "cache", 1 << 30)
-    ClipReader(SAMPLING, store).show(file)
+    ClipReader(SAMPLING, store).read(file)
     assert store.read_file(file, probe.file_stamp(file)) is not None and store.size().clips == 1
     monkeypatch.setattr(cache, "code_digest", lambda *names: "a later release")
     assert store.read_file(file, probe.file_stamp(file)) is None
-    ClipReader(SAMPLING, store).show(file)
+    ClipReader(SAMPLING, store).read(file)
     assert store.size().clips == 2
 
 
@@ -186,13 +188,13 @@ def test_settings_typed_into_chat_are_checked(text, message):
     with pytest.raises(ValueError, match=message):
         decode_clip(text)
     with pytest.raises(ClipError, match=message):
-        ClipReader(SAMPLING).plan(text)
+        clip_of(text)
 
 
 def test_a_path_that_begins_with_a_brace_is_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_clip(tmp_path / "{a.mp4")
-    assert ClipReader(SAMPLING).plan("{a.mp4").indices
+    assert ClipReader(SAMPLING).plan("{a.mp4").plan.indices
 
 
 class Response(io.RawIOBase):
@@ -209,7 +211,7 @@ class Response(io.RawIOBase):
 def test_a_remote_clip_is_read_within_bounds(tmp_path):
     data = write_clip(tmp_path / "a.mp4").read_bytes()
     reader = ClipReader(SAMPLING)
-    assert reader.plan(Response(data)) == reader.plan(str(tmp_path / "a.mp4"))
+    assert reader.plan(Response(data)).plan == reader.plan(str(tmp_path / "a.mp4")).plan
     with pytest.raises(ClipError, match=r"the remote clip has more than video_remote_gb"):
         ClipReader(SAMPLING, remote=len(data) - 1).plan(Response(data))
     with pytest.raises(ClipError, match=r"took more than video_timeout, 0\.05 s, to arrive"):
@@ -232,12 +234,12 @@ def test_a_remote_clip_that_stops_arriving_is_left_behind(tmp_path):
 def test_packets_in_hand_are_shared_by_threads(tmp_path):
     """More files than are kept, read by several threads at once."""
     files = [str(write_clip(tmp_path / f"{i}.mp4", frames=3)) for i in range(12)]
-    errors = []
+    reader, errors = ClipReader(SAMPLING, timeout=None), []
 
     def read():
         try:
             for file in files * 5:
-                ClipReader(SAMPLING, timeout=None).show(file)
+                reader.read(file)
         except Exception as error:
             errors.append(error)
 
@@ -246,7 +248,7 @@ def test_packets_in_hand_are_shared_by_threads(tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    assert not errors and len(probe._recent) <= probe._RECENT
+    assert not errors and len(reader._packets) < len(files)
 
 
 # --- Answers ---------------------------------------------------------------------------------------------------------

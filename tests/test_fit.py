@@ -2,20 +2,22 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from conftest import examples, write_clip
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from llamafactory_video.host.processor import apply_to_processor
+from llamafactory_video.host.rows import LAYOUT
 from llamafactory_video.media import Clip
-from llamafactory_video.prompt.encoder import RecordEncoder
+from llamafactory_video.prompt.encoder import Encoder
 from llamafactory_video.prompt.lengths import check_lengths
 from llamafactory_video.prompt.pixels import vision_inputs
 from llamafactory_video.records.clips import decode_clip
 from llamafactory_video.records.parse import parse_record
 from llamafactory_video.records.report import DatasetError
-from llamafactory_video.records.table import load_conversations, to_row
+from llamafactory_video.records.table import Records, load_conversations
 from llamafactory_video.video.fit import SHRINK_STAGES, most_tokens, shrink
 from llamafactory_video.video.plan import plan_frames
 from llamafactory_video.video.reader import ClipReader
@@ -104,7 +106,7 @@ def encoder(processor):
         "video_min_pixels": 8192,
         "video_max_pixels": 65536,
     }
-    return RecordEncoder(
+    return Encoder(
         processor.tokenizer, processor, ClipReader(apply_to_processor("qwen_finetune", keys, processor).clips), 10**6
     )
 
@@ -119,53 +121,52 @@ def row(*videos, answer="推进到二塔"):
     }
     conversation, problems = parse_record(record, lambda path: path)
     assert not problems
-    return to_row(conversation, "data.json, record 3")
+    return replace(conversation, source="data.json, record 3")
 
 
 def test_shrink_makes_records_fit_and_tells_it(encoder, clip, tmp_path):
     other = write_clip(tmp_path / "other.mp4", frames=30, fps=10, size=(128, 160))
     whole = encoder.encode(row(str(clip), str(other)))
-    assert not whole["change"]
-    assert not encoder.visual_tokens(whole["labels"])
-    text = len(whole["input_ids"]) - encoder.visual_tokens(whole["input_ids"])
+    assert not whole.change
+    assert not encoder.visual_tokens(whole.labels)
+    text = len(whole.ids) - encoder.visual_tokens(whole.ids)
     encoder.shrink = True
     least = None
-    for cutoff in range(len(whole["input_ids"]), text - 60, -3):
+    for cutoff in range(len(whole.ids), text - 60, -3):
         encoder.cutoff_len = cutoff
         try:
             sample = encoder.encode(row(str(clip), str(other)))
         except DatasetError as error:
             least = str(error)
             break
-        assert len(sample["input_ids"]) <= cutoff
-        assert bool(sample["change"]) == (len(whole["input_ids"]) > cutoff)
+        assert len(sample.ids) <= cutoff
+        assert bool(sample.change) == (len(whole.ids) > cutoff)
         # What was said is whole, and the clips carry what they were shrunk to: pixels and tokens agree.
-        said = [label for label in sample["labels"] if label >= 0]
-        assert said == [label for label in whole["labels"] if label >= 0]
-    assert cutoff < 0.8 * len(whole["input_ids"])
+        said = [label for label in sample.labels if label >= 0]
+        assert said == [label for label in whole.labels if label >= 0]
+    assert cutoff < 0.8 * len(whole.ids)
     assert "even its smallest clips do not fit; raise cutoff_len" in least
 
-    encoder.cutoff_len = (len(whole["input_ids"]) + cutoff) // 2
+    encoder.cutoff_len = (len(whole.ids) + cutoff) // 2
     sample = encoder.encode(row(str(clip), str(other)))
-    assert sample["change"].startswith(f"data.json, record 3: {len(whole['input_ids'])} tokens, ")
-    assert str(other) in sample["change"]
-    inputs = vision_inputs([], sample["videos"], encoder.processor, encoder.reader)
-    grids = inputs["video_grid_thw"]
-    assert grids.prod(1).sum() // 4 == encoder.visual_tokens(sample["input_ids"])
-    shown = encoder.show(row(str(clip), str(other)))
-    assert [video.plan.grid for video in shown["videos"]] == [tuple(grid) for grid in grids.tolist()]
+    assert sample.change.startswith(f"data.json, record 3: {len(whole.ids)} tokens, ")
+    assert str(other) in sample.change
+    loaded, decoded = encoder.load(row(str(clip), str(other)))
+    assert loaded == sample and [clip.plan for clip in decoded] == [clip.plan for clip in sample.clips]
+    grids = vision_inputs([], decoded, encoder.processor, encoder.reader.sampling)["video_grid_thw"]
+    assert grids.prod(1).sum() // 4 == encoder.visual_tokens(sample.ids)
 
 
 def test_without_shrink_the_error_says_what_would_fit(encoder, clip):
     whole = encoder.encode(row(str(clip)))
-    encoder.cutoff_len = len(whole["input_ids"]) - 1
+    encoder.cutoff_len = len(whole.ids) - 1
     with pytest.raises(
         DatasetError, match=r"record 3: \d+ tokens, \d+ of them visual, are more than cutoff_len"
     ) as told:
         encoder.encode(row(str(clip)))
     settings_ = str(told.value).split("or set ")[1].split(f" for {clip}")[0]
     given_ = {name: int(value) for name, value in (part.split() for part in settings_.split(", "))}
-    assert len(encoder.encode(row({"path": str(clip), **given_}))["input_ids"]) <= encoder.cutoff_len
+    assert len(encoder.encode(row({"path": str(clip), **given_})).ids) <= encoder.cutoff_len
 
 
 def test_long_texts_are_never_cut(encoder, clip):
@@ -192,8 +193,9 @@ def test_all_records_are_seen_before_training(encoder, clip, tmp_path, workers):
     large = {"path": str(long), "max_pixels": 131072}
     records = [{"video": large if i in (7, 80) else str(clip), "conversations": turns} for i in range(90)]
     (tmp_path / "data.json").write_text(json.dumps(records), encoding="utf-8")
-    data = load_conversations(tmp_path / "data.json", str(tmp_path), cache_dir=str(tmp_path / "cache"), progress=False)
-    encoder.cutoff_len = len(encoder.encode(data[0])["input_ids"])
+    keys = {"cache_dir": str(tmp_path / "cache"), "progress": False}
+    data = Records(load_conversations(tmp_path / "data.json", str(tmp_path), LAYOUT, **keys), LAYOUT)
+    encoder.cutoff_len = len(encoder.encode(data[0]).ids)
     said = []
     with pytest.raises(DatasetError, match="training: 2 of 90 records cannot be shown whole") as told:
         check_lengths(data, encoder, "training", workers, tmp_path / "out", said.append)

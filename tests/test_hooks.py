@@ -301,7 +301,7 @@ def test_packed_prompts_and_pixels_agree_or_stop(home, tmp_path):
     assert collator(module, template)([dict(packed[0])])["video_grid_thw"].numel()
     for clip in media.glob("*.mp4"):
         write_clip(clip, frames=24, fps=2)
-    with pytest.raises(ValueError, match="is shown otherwise than its prompt tells"):
+    with pytest.raises(ValueError, match="was replaced or found damaged after its prompt was built"):
         collator(module, template)([dict(packed[0])])
 
 
@@ -331,7 +331,7 @@ def test_other_templates_have_no_cache(home, tmp_path, capfd):
 def test_a_cache_that_cannot_be_used_stops_nothing(home, tmp_path):
     (tmp_path / "file").touch()
     data, _, _ = dataset(home, tmp_path, video_cache_dir=str(tmp_path / "file" / "cache"))
-    assert data["train_dataset"][0]["show"]()["videos"]
+    assert data["train_dataset"][0]["load"]()["videos"]
 
 
 def test_answers_in_lines(home, tmp_path):
@@ -388,11 +388,11 @@ def test_llamafactorys_defaults_keep_their_meaning(home, tmp_path):
 
 def test_nothing_is_tokenized_ahead(home, tmp_path, monkeypatch):
     """A million records would start at once: only the example that is printed is encoded."""
-    from llamafactory_video.prompt.encoder import RecordEncoder
+    from llamafactory_video.prompt.encoder import Encoder
 
     encoded = []
-    encode = RecordEncoder.encode
-    monkeypatch.setattr(RecordEncoder, "encode", lambda self, row: encoded.append(row) or encode(self, row))
+    encode = Encoder.encode
+    monkeypatch.setattr(Encoder, "encode", lambda self, row: encoded.append(row) or encode(self, row))
     data, _, _ = dataset(home, tmp_path, cutoff_len=100000)
     assert len(encoded) == 1
     data["train_dataset"][5]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from llamafactory_video.host.rows import LAYOUT
 from llamafactory_video.records import files
 from llamafactory_video.records import table as loader
 from llamafactory_video.records.files import read_records
@@ -25,7 +26,9 @@ def folder(tmp_path):
 
 
 def load(folder, name="data.json", **kwargs):
-    return load_conversations(folder / name, str(folder), cache_dir=str(folder / "cache"), progress=False, **kwargs)
+    return load_conversations(
+        folder / name, str(folder), LAYOUT, cache_dir=str(folder / "cache"), progress=False, **kwargs
+    )
 
 
 def answers(dataset):
@@ -197,9 +200,10 @@ def test_200_000_records_load_in_a_minute_and_2_gb(folder):
     code = f"""
 import time
 from pathlib import Path
-from llamafactory_video.data.loader import load_conversations
+from llamafactory_video.host.rows import LAYOUT
+from llamafactory_video.records.table import load_conversations
 start = time.perf_counter()
-dataset = load_conversations(Path({str(folder / "data.json")!r}), {str(folder)!r}, cache_dir={str(folder / "cache")!r})
+dataset = load_conversations(Path({str(folder / "data.json")!r}), {str(folder)!r}, LAYOUT, cache_dir={str(folder / "cache")!r})
 # Not ru_maxrss, which begins with that of the process that started this one.
 peak = int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 print(len(dataset), time.perf_counter() - start, peak / 2**20)

@@ -19,6 +19,7 @@ from llamafactory.model import load_model, load_tokenizer
 from llamafactory.train import trainer_utils
 from llamafactory.train.trainer_utils import DummyOptimizer
 from llamafactory_video.demo.tiny_model import save_tiny_model
+from llamafactory_video.host.train import extend_optimizer
 from llamafactory_video.train.optimizer import (
     GroupRow,
     check_deepspeed,
@@ -186,7 +187,9 @@ def test_without_our_template_or_a_rate_by_module_all_is_left_to_llamafactory():
     """A vision tower in 16 bits at a rate that cannot move it, too."""
     model, asked = torch.nn.ModuleDict({"visual": torch.nn.Linear(2, 2, dtype=torch.bfloat16)}), []
     keys = SimpleNamespace(vision_tower_lr=None, mm_projector_lr=None, video_template=False)
-    assert make_optimizer(lambda *args: asked.append(args), model, None, keys, print) is None
+    utils = SimpleNamespace(create_custom_optimizer=lambda *args: asked.append(args), logger=None)
+    extend_optimizer(utils)
+    assert utils.create_custom_optimizer(model, None, keys) is None
     assert asked == [(model, None, keys)]
 
 

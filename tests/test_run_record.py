@@ -20,7 +20,7 @@ from llamafactory.model import load_model, load_tokenizer
 from llamafactory.train.tuner import run_exp
 from llamafactory_video.demo.tiny_model import save_tiny_model
 from llamafactory_video.host.recipe import resolved_recipe
-from llamafactory_video.records.table import FEATURES
+from llamafactory_video.host.rows import FEATURES
 from llamafactory_video.train import model_card, run_record
 from llamafactory_video.train.fingerprint import describe_data
 from PIL import Image

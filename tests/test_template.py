@@ -9,11 +9,11 @@ from conftest import decode_all, examples, real_clips, write_clip
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from llamafactory_video.host.processor import apply_to_processor
+from llamafactory_video.host.rows import from_row
 from llamafactory_video.prompt.encoder import encode_conversation
 from llamafactory_video.prompt.pixels import count_image_tokens, token_type_ids, vision_inputs
 from llamafactory_video.prompt.tokens import IGNORE_INDEX, TemplateError, check_chat_template, expand_pads, place_media
 from llamafactory_video.records.parse import parse_record
-from llamafactory_video.records.table import to_row
 from llamafactory_video.video.probe import probe
 from llamafactory_video.video.reader import ClipReader
 from PIL import Image
@@ -46,7 +46,7 @@ def reference_inputs(processor, messages, tools=None, ask=False, **media):
     kwargs = {}
     if videos:
         frames = [decode_all(path) for path in videos]
-        infos = [probe(path).info for path in videos]
+        infos = [probe(path)[0].info for path in videos]
         kwargs["videos"] = [torch.from_numpy(f).permute(0, 3, 1, 2) for f in frames]
         kwargs["video_metadata"] = [
             {"fps": info.fps, "total_num_frames": len(f), "duration": info.duration}
@@ -63,13 +63,12 @@ def our_inputs(processor, record, generation=False, thinking=False):
     ).clips
     conversation, problems = parse_record(record, lambda path: str(path))
     assert not problems, [str(problem) for problem in problems]
-    row = to_row(conversation, "test")
-    clips = [ClipReader(sampling).show(video) for video in row["_videos"] or []]
+    clips = [ClipReader(sampling).read(video) for video in conversation.videos]
     plans = [clip.plan for clip in clips]
     ids, labels = encode_conversation(
-        row, plans, processor.tokenizer, processor, sampling, thinking, generation=generation
+        conversation, plans, processor.tokenizer, processor, sampling, thinking, generation=generation
     )
-    return ids, labels, vision_inputs(row["_images"] or [], clips, processor, ClipReader(sampling))
+    return ids, labels, vision_inputs(conversation.images, clips, processor, sampling)
 
 
 def assert_same(reference, ids, pixels):
@@ -250,13 +249,14 @@ def test_llamafactorys_dialect_shows_what_llamafactory_shows(clip, picture, tmp_
     sampling = apply_to_processor("llamafactory", {**keys, **image_keys}, processor).clips
     for images, videos in (([str(picture)], []), ([], [str(clip)])):
         expected = stock._get_mm_inputs(images, videos, [], stock_processor)
-        got = vision_inputs(images, videos, processor, ClipReader(sampling))
+        clips = [ClipReader(sampling).read(video) for video in videos]
+        got = vision_inputs(images, clips, processor, sampling)
         for key, value in got.items():
             assert torch.equal(value, torch.as_tensor(expected[key])), key
         messages = [{"role": "user", "content": "<image>" * len(images) + "<video>" * len(videos)}]
         text = stock.process_messages(messages, images, videos, [], stock_processor)[0]["content"]
         told = processor.tokenizer.encode(text, add_special_tokens=False)
-        plans = [ClipReader(sampling).plan(video) for video in videos]
+        plans = [clip.plan for clip in clips]
         placed = processor.tokenizer.encode(place_media(messages[0]["content"], list(plans)), add_special_tokens=False)
         tokens = [count_image_tokens(image, processor.image_processor, sampling) for image in images]
         pads = processor.image_token_id, processor.video_token_id
@@ -278,8 +278,8 @@ def test_rows_of_other_formats_are_trained_as_they_are_asked(processor, clip):
         "_response": [{"role": "assistant", "content": "<video> 是一个词"}],
         **{"_system": "", "_tools": "", "_images": None, "_videos": [str(clip)], "_audios": None},
     }
-    plan = ClipReader(sampling).plan(str(clip))
-    ids, labels = encode_conversation(row, [plan], processor.tokenizer, processor, sampling)
+    plan = ClipReader(sampling).plan(str(clip)).plan
+    ids, labels = encode_conversation(from_row(row), [plan], processor.tokenizer, processor, sampling)
     record = {"video": str(clip), "conversations": [{"from": "human", "value": "<video>为什么"}, TURNS[1]]}
     ours, _, _ = our_inputs(processor, record)
     length = len(ids) - sum(label != IGNORE_INDEX for label in labels)

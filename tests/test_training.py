@@ -44,7 +44,7 @@ def plain_loop(model: torch.nn.Module, keys: dict, folder: Path) -> list[dict[st
     )
     peaks = [group["lr"] for group in optimizer.param_groups]
     trained = [weight for weights in groups.values() for weight in weights]
-    rows = parts["mixed"].with_format(None)
+    rows = parts["mixed"]
     lines = []
     model.train()
     for step in range(STEPS):
@@ -52,15 +52,15 @@ def plain_loop(model: torch.nn.Module, keys: dict, folder: Path) -> list[dict[st
         factor = step / 3 if step < 3 else 0.5 * (1 + math.cos(math.pi * (step - 3) / (STEPS - 3)))
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * factor
-        samples = [encoder.encode(rows[i]) for i in range(step * BATCH, (step + 1) * BATCH)]
-        supervised = sum(label != -100 for sample in samples for label in sample["labels"])
+        samples = [encoder.load(rows[i]) for i in range(step * BATCH, (step + 1) * BATCH)]
+        supervised = sum(label != -100 for sample, _ in samples for label in sample.labels)
         total = 0.0
-        for sample in samples:
-            ids = torch.tensor([sample["input_ids"]])
-            shown = vision_inputs(sample["images"] or [], sample["videos"] or [], encoder.processor, encoder.reader)
+        for sample, clips in samples:
+            ids = torch.tensor([sample.ids])
+            shown = vision_inputs(sample.images, clips, encoder.processor, encoder.reader.sampling)
             types = token_type_ids(ids, encoder.processor)
             logits = model(input_ids=ids, mm_token_type_ids=types, **shown).logits[0]
-            loss = F.cross_entropy(logits[:-1], torch.tensor(sample["labels"][1:]), reduction="sum") / supervised
+            loss = F.cross_entropy(logits[:-1], torch.tensor(sample.labels[1:]), reduction="sum") / supervised
             loss.backward()
             total += loss.item()
         norm = torch.nn.utils.clip_grad_norm_(trained, 1.0).item()
@@ -145,14 +145,14 @@ def test_evaluation_tells_the_mean_over_tokens_however_it_is_batched(keys, folde
     model = AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=torch.float32).eval()
     _, parts, encoder = recipe_data(write_recipe({**keys, "dataset": "clips"}, tmp_path), [])
     total = tokens = 0
-    for row in parts["clips"].with_format(None):
-        sample = encoder.encode(row)
-        ids = torch.tensor([sample["input_ids"]])
-        shown = vision_inputs(sample["images"] or [], sample["videos"], encoder.processor, encoder.reader)
+    for row in parts["clips"]:
+        sample, clips = encoder.load(row)
+        ids = torch.tensor([sample.ids])
+        shown = vision_inputs(sample.images, clips, encoder.processor, encoder.reader.sampling)
         with torch.no_grad():
             logits = model(input_ids=ids, mm_token_type_ids=token_type_ids(ids, encoder.processor), **shown).logits[0]
-        total += F.cross_entropy(logits[:-1], torch.tensor(sample["labels"][1:]), reduction="sum").item()
-        tokens += sum(label != -100 for label in sample["labels"])
+        total += F.cross_entropy(logits[:-1], torch.tensor(sample.labels[1:]), reduction="sum").item()
+        tokens += sum(label != -100 for label in sample.labels)
     assert found == pytest.approx(total / tokens, rel=1e-5)
 
 
@@ -161,10 +161,10 @@ def test_evaluation_tells_the_mean_over_tokens_however_it_is_batched(keys, folde
 
 def test_images_and_clips_go_through_the_vision_tower_together(keys, folder):
     _, parts, encoder = recipe_data(write_recipe(keys, folder), [])
-    sample = encoder.encode(parts["mixed"].with_format(None)[2])
-    ids = torch.tensor([sample["input_ids"]])
+    sample, clips = encoder.load(parts["mixed"][2])
+    ids = torch.tensor([sample.ids])
     inputs = {"input_ids": ids, "mm_token_type_ids": token_type_ids(ids, encoder.processor)}
-    inputs |= vision_inputs(sample["images"], sample["videos"], encoder.processor, encoder.reader)
+    inputs |= vision_inputs(sample.images, clips, encoder.processor, encoder.reader.sampling)
     model = AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=torch.float64)
     inputs |= {name: value.double() for name, value in inputs.items() if value.is_floating_point()}
     calls, found = [], []

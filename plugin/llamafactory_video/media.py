@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 VIDEO_PLACEHOLDER = "<video>"
 IMAGE_PLACEHOLDER = "<image>"
@@ -54,7 +55,6 @@ class Clip:
         start, end: seconds; only what lies in [start, end) is the clip, and its times count from its first frame.
         fps, min_frames, max_frames, min_pixels, max_pixels, total_pixels: override the recipe's video_* keys.
         nframes, resized_height, resized_width: number of frames, and their size in pixels, in `qwen_vl_utils`.
-        planned: `plan_digest` of what its prompt tells, where that was made ahead; no record sets it.
     """
 
     path: str | None = None
@@ -72,7 +72,6 @@ class Clip:
     nframes: int | None = None
     resized_height: int | None = None
     resized_width: int | None = None
-    planned: str | None = None
 
     @property
     def settings(self) -> dict[str, float | int | None]:
@@ -90,9 +89,15 @@ class Clip:
         end = "…" if self.end is None else f"{self.end:g} s"
         return f"{name} from {self.start or 0:g} s to {end}"
 
-    def encode(self) -> str:
-        """One string, which `decode_clip` reads: the path alone where nothing else is set."""
+    def encode(self, plan_digest: str = "") -> str:
+        """One string for a table, which `decode_clip` reads: the path alone where nothing else is set.
+
+        Args:
+            plan_digest: of the plan that a prompt stored beside it was built from.
+        """
         given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) not in (None, ())}
+        if plan_digest:
+            given["planned"] = plan_digest
         if list(given) == ["path"] and not self.path.startswith("{"):
             return self.path
         return json.dumps(given, ensure_ascii=False)
@@ -104,19 +109,26 @@ class Conversation:
 
     Attributes:
         messages: (role, text) in order; placeholders stand where clips and images are shown.
-        images: picture paths, in order of their placeholders.
+        images: picture paths, or pictures of a hub's data set, in order of their placeholders.
         videos: clips, in order of their placeholders.
         system: the system prompt, or "".
         tools: JSON text of the tools on offer, or "".
+        source: the record that it comes from, for messages; "" for those of other formats than ours.
         notes: what was read otherwise than it stands, for a person.
     """
 
     messages: list[tuple[str, str]]
-    images: list[str] = field(default_factory=list)
+    images: list[Any] = field(default_factory=list)
     videos: list[Clip] = field(default_factory=list)
     system: str = ""
     tools: str = ""
+    source: str = ""
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The record in an error message."""
+        return self.source or "a record"
 
 
 def strip_around_placeholders(text: str) -> str:

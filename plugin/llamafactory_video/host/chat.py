@@ -5,7 +5,7 @@ from types import ModuleType
 from typing import Any
 
 from ..media import USER
-from .core import replace_everywhere
+from .core import is_ours, replace_everywhere
 
 
 def take_inline_media(messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[str], list[str]]:
@@ -43,7 +43,7 @@ def extend_chat(chat_model: ModuleType) -> None:
     class VideoChatModel(stock):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            self.shows_clips = hasattr(self.engine.template, "thinking")
+            self.shows_clips = is_ours(self.engine.template)
             if self.shows_clips:
                 print(
                     "Show a clip with <video>path/to/clip.mp4</video> in your message, a picture with <image>…</image>."

@@ -8,6 +8,13 @@ TEMPLATE, THINKING_TEMPLATE, FORMATTING = "qwen3_vl_video", "qwen3_vl_video_thin
 SUPPORTED_VERSIONS = "0.9.5"
 
 
+def is_ours(owner: Any) -> bool:
+    """Whether a template's name, a template, or arguments of a run are those of a video template."""
+    if isinstance(owner, str):
+        return owner in (TEMPLATE, THINKING_TEMPLATE)
+    return getattr(owner, "video_template", False)
+
+
 class UnsupportedLlamaFactory(RuntimeError):
     """A place that the plugin extends is not in this LLaMA-Factory."""
 

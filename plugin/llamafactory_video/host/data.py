@@ -1,21 +1,28 @@
 """Data sets of the format `video_conversation` in LLaMA-Factory's loading."""
 
+import functools
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .core import FORMATTING, TEMPLATE, THINKING_TEMPLATE, replace_everywhere
+import datasets
+
+from ..media import ASSISTANT, FUNCTION, ROLES, SYSTEM, TOOL, USER, Conversation
+from ..prompt.encoder import Encoder, Sample
+from ..prompt.lengths import check_lengths
+from ..records.clips import RecordKeys
+from ..records.report import DatasetError
+from ..records.table import Records, check_rows, load_conversations
+from ..video.reader import DecodedClip
+from .core import FORMATTING, is_ours, replace_everywhere
 from .prompt import clip_reader_of
-
-if TYPE_CHECKING:
-    from ..prompt.encoder import RecordEncoder
+from .rows import LAYOUT, from_row
 
 
-def _record_keys(attr: Any) -> Any:
+def _record_keys(attr: Any) -> RecordKeys:
     """Field names of a data set: `columns` and `tags` of dataset_info.json before the usual ones."""
-    from ..media import ASSISTANT, FUNCTION, ROLES, SYSTEM, TOOL, USER
-    from ..records.clips import RecordKeys
 
     usual = RecordKeys()
 
@@ -37,12 +44,9 @@ def _record_keys(attr: Any) -> Any:
     )
 
 
-def record_encoder(
-    template: Any, tokenizer: Any, processor: Any, data_args: Any, generation: bool = False
-) -> "RecordEncoder":
-    from ..prompt.encoder import RecordEncoder
-
-    return RecordEncoder(
+def make_encoder(template: Any, tokenizer: Any, processor: Any, data_args: Any, generation: bool = False) -> Encoder:
+    """The encoder that a recipe asks for."""
+    return Encoder(
         tokenizer,
         processor,
         clip_reader_of(processor),
@@ -56,9 +60,45 @@ def record_encoder(
     )
 
 
+class Items:
+    """Rows of a data set -> items as LLaMA-Factory's collator takes them, made when a row is asked for."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+
+    def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        """A batch of columns -> a batch of columns, as `Dataset.with_transform` wants it."""
+        names = list(rows)
+        items = [self.item(dict(zip(names, values, strict=True))) for values in zip(*rows.values(), strict=True)]
+        return {name: [item[name] for item in items] for name in items[0]}
+
+    def item(self, row: dict[str, Any]) -> dict[str, Any]:
+        """One row: its sample, and under `load` a function that decodes its clips too.
+
+        The collator calls it, so what asks for lengths alone decodes nothing.
+        """
+        conversation = from_row(row)
+        sample = self.encoder.encode(conversation)
+        return {**_item(sample, None), "load": functools.partial(self.load, conversation, sample)}
+
+    def load(self, conversation: Conversation, sample: Sample) -> dict[str, Any]:
+        """A sample with its decoded clips."""
+        return _item(*self.encoder.load(conversation, sample))
+
+
+def _item(sample: Sample, clips: list[DecodedClip] | None) -> dict[str, Any]:
+    return {
+        "input_ids": sample.ids,
+        "attention_mask": [1] * len(sample.ids),
+        "labels": sample.labels,
+        "images": sample.images or None,
+        "videos": clips or None,
+        "audios": None,
+    }
+
+
 def extend_converter(converter: ModuleType) -> None:
     """Data sets from a hub: their rows pass as JSON through LLaMA-Factory's loading, and are checked in `extend_data_loader`."""
-    from dataclasses import dataclass
 
     @dataclass
     class VideoConversationConverter(converter.DatasetConverter):
@@ -70,44 +110,146 @@ def extend_converter(converter: ModuleType) -> None:
 
 
 def extend_data_loader(loader: ModuleType) -> None:
-    """Read annotation files ourselves, and tokenize a record when it is asked for."""
-    load_single, merge, preprocess = (
-        loader._load_single_dataset,
-        loader._get_merged_dataset,
-        loader._get_preprocessed_dataset,
-    )
-    checked: dict[str, Any] = {}
-    streamed: list[Any] = []
+    """Read annotation files ourselves; for our templates, tokenize a record when it is asked for."""
+    load_stock, get_stock = loader._load_single_dataset, loader.get_dataset
 
-    def read(dataset_attr: Any, name: str, model_args: Any, data_args: Any, training_args: Any) -> Any:
-        from datasets.exceptions import DatasetGenerationError
+    def _load_single_dataset(dataset_attr: Any, model_args: Any, data_args: Any, training_args: Any) -> Any:
+        if dataset_attr.formatting == FORMATTING:
+            table = _load_table(loader, load_stock, dataset_attr, model_args, data_args, training_args)
+            return _streamed(table, training_args) if data_args.streaming else table
+        try:
+            return load_stock(dataset_attr, model_args, data_args, training_args)
+        except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
+            if not is_ours(data_args.template):
+                raise
+            raise ValueError(
+                f"{dataset_attr} cannot be loaded with formatting {dataset_attr.formatting}; if it holds video "
+                f'conversations, give it "formatting": "{FORMATTING}" in dataset_info.json ({error})'
+            ) from error
 
-        from ..records.report import DatasetError
-        from ..records.table import check_rows, load_conversations
+    def get_dataset(
+        template: Any,
+        model_args: Any,
+        data_args: Any,
+        training_args: Any,
+        stage: str,
+        tokenizer: Any,
+        processor: Any = None,
+    ) -> Any:
+        if stage != "sft" or not is_ours(template):
+            return get_stock(template, model_args, data_args, training_args, stage, tokenizer, processor)
+        local = not data_args.data_shared_file_system
+        arguments = model_args, data_args, training_args
+        with training_args.main_process_first(desc="load dataset", local=local):
+            train, evaluation, streamed = _load_all(loader, load_stock, *arguments)
+        with training_args.main_process_first(desc="pre-process dataset", local=local):
+            parts = {}
+            for part in loader.split_dataset(train, evaluation, data_args, seed=training_args.seed):
+                parts |= part
+            for name, part in parts.items():
+                is_eval = name != "train"
+                generation = training_args.predict_with_generate and is_eval
+                encoder = make_encoder(template, tokenizer, processor, data_args, generation)
+                first = next(iter(part), None)
+                if first is None:
+                    raise ValueError("the data set is empty; check max_samples and val_size")
+                if training_args.process_index == 0:
+                    records = part if not data_args.streaming else streamed
+                    kind, folder = "evaluation" if is_eval else "training", Path(training_args.output_dir)
+                    workers, log = data_args.preprocessing_num_workers, loader.logger.warning_rank0
+                    if records is not None:
+                        check_lengths(Records(records, LAYOUT), encoder, kind, workers, folder, log)
+                streamed = None  # all of it was checked
+                if data_args.packing and not is_eval:
+                    parts[name] = loader._get_preprocessed_dataset(
+                        part, data_args, training_args, stage, template, tokenizer, processor, is_eval
+                    )
+                    continue
+                items = Items(encoder)
+                if data_args.streaming:
+                    parts[name] = part.map(items.item, remove_columns=list(first))
+                    # Each process reads its own batches. Accelerate's other way, one process reading for all, cuts
+                    # every tensor to the batch size, patches too.
+                    training_args.accelerator_config.dispatch_batches = False
+                else:
+                    parts[name] = part.with_transform(items)
+                if training_args.should_log:
+                    example = encoder.describe(encoder.encode(from_row(first)))
+                    print(f"{'eval' if is_eval else 'training'} example:\n{example}")
+        return loader.get_dataset_module(datasets.DatasetDict(parts))
 
-        if dataset_attr.ranking:
-            raise DatasetError(
-                f"{name}: a data set of formatting {FORMATTING} has no chosen and rejected answers; remove `ranking`, or "
-                "use formatting sharegpt with one of LLaMA-Factory's templates"
-            )
-        options = {
-            "keys": _record_keys(dataset_attr),
-            "indent": data_args.answer_json_indent,
-            "skip_wrong": data_args.skip_wrong_records,
-            "name": name,
-            "report_dir": Path(training_args.output_dir) if training_args.should_log else None,
-            "log": loader.logger.warning_rank0,
-        }
-        if dataset_attr.load_from != "file":
+    replace_everywhere(loader, "_load_single_dataset", _load_single_dataset)
+    replace_everywhere(loader, "get_dataset", get_dataset)
+
+
+def _load_all(loader: ModuleType, load_stock: Any, model_args: Any, data_args: Any, training_args: Any) -> tuple:
+    """All data sets of a recipe, each checked before any is used: all that is wrong is said at once.
+
+    Returns:
+        What is trained on, what is evaluated on (by name with `eval_on_each_dataset`), each None if there is none; and
+        with `streaming`, the tables of ours together, which can be looked at as a whole.
+    """
+    tables, errors, loaded = [], [], {"train": {}, "eval": {}}
+    for part, names in (("train", data_args.dataset), ("eval", data_args.eval_dataset)):
+        for name, attr in zip(names or (), loader.get_dataset_list(names, data_args.dataset_dir), strict=True):
+            arguments = attr, model_args, data_args, training_args
             try:
-                rows = load_single(dataset_attr, model_args, data_args, training_args)
-            except DatasetGenerationError as error:
-                raise DatasetError(
-                    f"{name}: a hub's loader puts all records into one table, which cannot hold answers that are "
-                    f"objects; download the files and register them with `file_name` ({error.__cause__ or error})"
-                ) from error
-            return check_rows(rows, data_args.media_dir, **options)
-        return load_conversations(
+                if attr.formatting != FORMATTING:
+                    if attr.ranking:
+                        raise DatasetError(
+                            f"{name} has chosen and rejected answers (`ranking`), which `stage: sft` cannot train on"
+                        )
+                    loaded[part][name] = loader._load_single_dataset(*arguments)
+                    continue
+                table = loaded[part][name] = _load_table(loader, load_stock, *arguments, name)
+                if data_args.streaming:
+                    tables.append(table)
+                    loaded[part][name] = _streamed(table, training_args)
+            except DatasetError as error:
+                errors.append(str(error))
+    if errors:
+        raise DatasetError("\n\n".join(errors))
+
+    def merged(parts: dict[str, Any]) -> Any:
+        return loader.merge_dataset(list(parts.values()), data_args, seed=training_args.seed) if parts else None
+
+    evaluation = loaded["eval"] if data_args.eval_on_each_dataset else merged(loaded["eval"])
+    return merged(loaded["train"]), evaluation or None, datasets.concatenate_datasets(tables) if tables else None
+
+
+def _load_table(
+    loader: ModuleType,
+    load_stock: Any,
+    dataset_attr: Any,
+    model_args: Any,
+    data_args: Any,
+    training_args: Any,
+    name: str | None = None,
+) -> datasets.Dataset:
+    """The checked records of a data set of our format, as many as the recipe asks for.
+
+    Raises:
+        DatasetError: listing what is wrong with them.
+    """
+    import numpy as np
+
+    name = name or Path(str(dataset_attr)).stem
+    if dataset_attr.ranking:
+        raise DatasetError(
+            f"{name}: a data set of formatting {FORMATTING} has no chosen and rejected answers; remove `ranking`, or "
+            "use formatting sharegpt with one of LLaMA-Factory's templates"
+        )
+    options = {
+        "layout": LAYOUT,
+        "keys": _record_keys(dataset_attr),
+        "indent": data_args.answer_json_indent,
+        "skip_wrong": data_args.skip_wrong_records,
+        "name": name,
+        "report_dir": Path(training_args.output_dir) if training_args.should_log else None,
+        "log": loader.logger.warning_rank0,
+    }
+    if dataset_attr.load_from == "file":
+        table = load_conversations(
             Path(data_args.dataset_dir, dataset_attr.dataset_name),
             data_args.media_dir,
             cache_dir=model_args.cache_dir,
@@ -115,141 +257,55 @@ def extend_data_loader(loader: ModuleType) -> None:
             progress=training_args.should_log,
             **options,
         )
+    else:
+        try:
+            rows = load_stock(dataset_attr, model_args, data_args, training_args)
+        except datasets.exceptions.DatasetGenerationError as error:
+            raise DatasetError(
+                f"{name}: a hub's loader puts all records into one table, which cannot hold answers that are "
+                f"objects; download the files and register them with `file_name` ({error.__cause__ or error})"
+            ) from error
+        table = check_rows(rows, data_args.media_dir, **options)
+    count = dataset_attr.num_samples
+    if count is not None and not data_args.streaming:
+        # As LLaMA-Factory does: all records once, then drawn again at random if more are wanted.
+        chosen = np.random.permutation(len(table))[:count]
+        drawn = np.random.choice(len(table), max(0, count - len(table)))
+        table = table.select(np.concatenate([chosen, drawn]))
+    if data_args.max_samples is not None:
+        table = table.select(range(min(data_args.max_samples, len(table))))
+    loader.logger.info_rank0(f"Data set {dataset_attr}: {len(table)} records.")
+    return table
 
-    def _get_merged_dataset(
-        dataset_names: Any,
-        model_args: Any,
-        data_args: Any,
-        training_args: Any,
-        stage: str,
-        return_dict: bool = False,
-    ) -> Any:
-        """Check all data sets, those for evaluation too, before any is used: all that is wrong is said at once."""
-        from ..records.report import DatasetError
 
-        if dataset_names is data_args.dataset:  # the first of two calls; the second is for evaluation
-            checked.clear()
-            streamed.clear()
-            names = [*(data_args.dataset or ()), *(data_args.eval_dataset or ())]
-            errors = []
-            for name, attr in zip(names, loader.get_dataset_list(names, data_args.dataset_dir), strict=True):
-                if attr.formatting == FORMATTING and str(attr) not in checked:
-                    try:
-                        checked[str(attr)] = read(attr, name, model_args, data_args, training_args)
-                    except DatasetError as error:
-                        errors.append(str(error))
-            if errors:
-                raise DatasetError("\n\n".join(errors))
-        return merge(dataset_names, model_args, data_args, training_args, stage, return_dict)
-
-    def _load_single_dataset(dataset_attr: Any, model_args: Any, data_args: Any, training_args: Any) -> Any:
-        import numpy as np
-        from datasets.exceptions import DatasetGenerationError
-
-        if dataset_attr.formatting != FORMATTING:
-            try:
-                return load_single(dataset_attr, model_args, data_args, training_args)
-            except (DatasetGenerationError, ValueError) as error:
-                if data_args.template not in (TEMPLATE, THINKING_TEMPLATE):
-                    raise
-                raise ValueError(
-                    f"{dataset_attr} cannot be loaded with formatting {dataset_attr.formatting}; if it holds video "
-                    f'conversations, give it "formatting": "{FORMATTING}" in dataset_info.json ({error})'
-                ) from error
-
-        dataset = checked.pop(str(dataset_attr), None)
-        if dataset is None:
-            dataset = read(dataset_attr, Path(str(dataset_attr)).stem, model_args, data_args, training_args)
-        count = dataset_attr.num_samples
-        if count is not None and not data_args.streaming:
-            # As LLaMA-Factory does: all records once, then drawn again at random if more are wanted.
-            chosen = np.random.permutation(len(dataset))[:count]
-            drawn = np.random.choice(len(dataset), max(0, count - len(dataset)))
-            dataset = dataset.select(np.concatenate([chosen, drawn]))
-        if data_args.max_samples is not None:
-            dataset = dataset.select(range(min(data_args.max_samples, len(dataset))))
-        loader.logger.info_rank0(f"Data set {dataset_attr}: {len(dataset)} records.")
-        if data_args.streaming:
-            streamed.append(dataset)  # to be checked as a whole before training
-            return dataset.to_iterable_dataset(
-                num_shards=min(len(dataset), max(1, training_args.dataloader_num_workers))
-            )
-        return dataset
-
-    def _get_preprocessed_dataset(
-        dataset: Any,
-        data_args: Any,
-        training_args: Any,
-        stage: str,
-        template: Any,
-        tokenizer: Any,
-        processor: Any = None,
-        is_eval: bool = False,
-    ) -> Any:
-        ours = stage == "sft" and hasattr(template, "thinking")
-        if dataset is None or not ours:
-            return preprocess(dataset, data_args, training_args, stage, template, tokenizer, processor, is_eval)
-        generation = training_args.predict_with_generate and is_eval
-        encoder = record_encoder(template, tokenizer, processor, data_args, generation)
-        first = next(iter(dataset), None)
-        if first is None:
-            raise ValueError("the data set is empty; check max_samples and val_size")
-        if training_args.process_index == 0:
-            from datasets import concatenate_datasets
-
-            from ..prompt.lengths import check_lengths
-
-            if not data_args.streaming:
-                records = dataset
-            elif streamed:  # of all data sets, those for evaluation too
-                records = concatenate_datasets(streamed)
-            else:
-                records = []
-            name, report_dir = "evaluation" if is_eval else "training", Path(training_args.output_dir)
-            workers = data_args.preprocessing_num_workers
-            check_lengths(records, encoder, name, workers, report_dir, loader.logger.warning_rank0)
-        streamed.clear()
-        if data_args.packing and not is_eval:
-            return preprocess(dataset, data_args, training_args, stage, template, tokenizer, processor, is_eval)
-        if data_args.streaming:
-            dataset = dataset.map(encoder.item, remove_columns=list(first))
-            # Each process reads its own batches. Accelerate's other way, one process reading for all, cuts every
-            # tensor to the batch size, patches too.
-            training_args.accelerator_config.dispatch_batches = False
-        else:
-            dataset = dataset.with_transform(encoder)
-        if training_args.should_log:
-            print(f"{'eval' if is_eval else 'training'} example:\n{encoder.describe(encoder.encode(first))}")
-        return dataset
-
-    replace_everywhere(loader, "_load_single_dataset", _load_single_dataset)
-    replace_everywhere(loader, "_get_merged_dataset", _get_merged_dataset)
-    replace_everywhere(loader, "_get_preprocessed_dataset", _get_preprocessed_dataset)
+def _streamed(table: datasets.Dataset, training_args: Any) -> datasets.IterableDataset:
+    return table.to_iterable_dataset(num_shards=min(len(table), max(1, training_args.dataloader_num_workers)))
 
 
 def extend_packing(supervised: ModuleType) -> None:
     """`neat_packing` packs what our own encoding makes; a record over the cutoff is an error, not cut."""
-    from dataclasses import dataclass
-
     stock = supervised.PackedSupervisedDatasetProcessor
 
     @dataclass
     class PackedSupervisedDatasetProcessor(stock):
         def preprocess_dataset(self, examples: dict[str, list[Any]]) -> dict[str, list[Any]]:
-            if hasattr(self.template, "thinking"):
-                encoder = record_encoder(self.template, self.tokenizer, self.processor, self.data_args)
+            if is_ours(self.template):
+                encoder = make_encoder(self.template, self.tokenizer, self.processor, self.data_args)
                 rows = [dict(zip(examples, values, strict=True)) for values in zip(*examples.values(), strict=True)]
-                encoded = [encoder.encode(row) for row in rows]
-                self.encoded = iter(encoded)
+                samples = [encoder.encode(from_row(row)) for row in rows]
+                self.samples = iter(samples)
                 # The stock method drops conversations whose turns do not alternate, such as two results of tools.
                 examples = {**examples, "_prompt": [[{}]] * len(rows), "_response": [[{}]] * len(rows)}
-                examples["_videos"] = [sample["videos"] for sample in encoded]  # as small as they were planned
+                # As small as they were planned; the digest tells when pixels are read whether the plan is still the same.
+                examples["_videos"] = [
+                    [clip.clip.encode(clip.plan.digest) for clip in sample.clips] or None for sample in samples
+                ]
             return super().preprocess_dataset(examples)
 
         def _encode_data_example(self, prompt, response, system, tools, images, videos, audios):
-            if not hasattr(self.template, "thinking"):
+            if not is_ours(self.template):
                 return super()._encode_data_example(prompt, response, system, tools, images, videos, audios)
-            sample = next(self.encoded)
-            return sample["input_ids"], sample["labels"]
+            sample = next(self.samples)
+            return sample.ids, sample.labels
 
     replace_everywhere(supervised, "PackedSupervisedDatasetProcessor", PackedSupervisedDatasetProcessor)

@@ -2,13 +2,20 @@
 
 import functools
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .core import replace_everywhere
-from .processor import add_trained_tokens, save_with_contract, trained_contract
+from transformers import Qwen3VLProcessor
 
-if TYPE_CHECKING:
-    pass
+from ..video.contract import difference
+from .core import is_ours, replace_everywhere
+from .processor import (
+    SamplingProcessor,
+    add_trained_tokens,
+    apply_to_processor,
+    clip_reader,
+    take_trained_processors,
+    trained_contract,
+)
 
 
 def extend_patcher(patcher: ModuleType) -> None:
@@ -16,36 +23,28 @@ def extend_patcher(patcher: ModuleType) -> None:
     stock, stock_tokenizer = patcher.patch_processor, patcher.patch_tokenizer
 
     def patch_tokenizer(tokenizer: Any, model_args: Any) -> None:
-        if model_args.video_template:
+        if is_ours(model_args):
             add_trained_tokens(tokenizer, model_args, patcher.logger.info_rank0)
         stock_tokenizer(tokenizer, model_args)
 
     def patch_processor(processor: Any, tokenizer: Any, model_args: Any) -> None:
         stock(processor, tokenizer, model_args)
-        if model_args.video_template and type(processor).__name__ == "Qwen3VLProcessor":
-            from ..video.cache import GIB
-            from ..video.contract import difference
-            from ..video.reader import ClipReader
-            from .processor import apply_to_processor, frame_cache, take_trained_processors
-
-            if not tokenizer.chat_template:
-                tokenizer.chat_template = processor.chat_template
-            found = trained_contract(model_args)
-            if found is None and model_args.video_sampling == "qwen_finetune":
-                take_trained_processors(processor, model_args.adapter_name_or_path or ())
-            name, trained = found or ("", None)
-            contract = apply_to_processor(
-                model_args.video_sampling, model_args.given_video_keys, processor, model_args.video_timestamps, trained
-            )
-            if trained is not None and (changed := difference(trained, contract)):
-                say = patcher.logger.info_rank0 if model_args.video_training else patcher.logger.warning_rank0
-                say(f"Sampling differs from how {name} was trained: {changed}")
-            processor.clip_reader = ClipReader(
-                contract.clips, timeout=model_args.video_timeout, remote=int(model_args.video_remote_gb * GIB)
-            )
-            save_with_contract(processor, contract, patcher.logger.warning_rank0)
-            # The cache is made when a template of ours asks for the reader.
-            processor.make_frame_cache = functools.partial(frame_cache, model_args, patcher.logger.info_rank0)
+        if not is_ours(model_args) or not isinstance(processor, Qwen3VLProcessor):
+            return
+        if not tokenizer.chat_template:
+            tokenizer.chat_template = processor.chat_template
+        found = trained_contract(model_args)
+        if found is None and model_args.video_sampling == "qwen_finetune":
+            take_trained_processors(processor, model_args.adapter_name_or_path or ())
+        name, trained = found or ("", None)
+        contract = apply_to_processor(
+            model_args.video_sampling, model_args.given_video_keys, processor, model_args.video_timestamps, trained
+        )
+        if trained is not None and (changed := difference(trained, contract)):
+            say = patcher.logger.info_rank0 if model_args.video_training else patcher.logger.warning_rank0
+            say(f"Sampling differs from how {name} was trained: {changed}")
+        make_reader = functools.partial(clip_reader, contract.clips, model_args, patcher.logger.info_rank0)
+        SamplingProcessor.prepare(processor, contract, make_reader, patcher.logger.warning_rank0)
 
     replace_everywhere(patcher, "patch_processor", patch_processor)
     replace_everywhere(patcher, "patch_tokenizer", patch_tokenizer)
@@ -56,7 +55,7 @@ def extend_model_loader(loader: ModuleType) -> None:
     stock = loader.load_model
 
     def load_model(tokenizer: Any, model_args: Any, finetuning_args: Any, *args: Any, **kwargs: Any) -> Any:
-        if not model_args.video_template:
+        if not is_ours(model_args):
             return stock(tokenizer, model_args, finetuning_args, *args, **kwargs)
         from llamafactory.model.model_utils.visual import COMPOSITE_MODELS
 

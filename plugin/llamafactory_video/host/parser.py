@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .core import TEMPLATE, THINKING_TEMPLATE, replace_everywhere
+from .core import TEMPLATE, is_ours, replace_everywhere
 
 
 def extend_parser(parser: ModuleType) -> None:
@@ -56,7 +56,7 @@ def extend_parser(parser: ModuleType) -> None:
                 if value is not None:
                     os.environ[name] = value
             environment.clear()
-            if isinstance(args, dict) and args.get("fsdp") and args.get("template") in (TEMPLATE, THINKING_TEMPLATE):
+            if isinstance(args, dict) and args.get("fsdp") and is_ours(args.get("template")):
                 before = dict(os.environ)
                 try:
                     _prepare_fsdp(args)
@@ -67,7 +67,7 @@ def extend_parser(parser: ModuleType) -> None:
             else:
                 parsed = parse(args)
             finetuning_args = next(p for p in parsed if hasattr(p, "finetuning_type"))
-            ours = parsed[1].template in (TEMPLATE, THINKING_TEMPLATE)
+            ours = is_ours(parsed[1].template)
             parsed[0].video_template = finetuning_args.video_template = ours
             _check_keys_fit_template(parsed[0], parsed[1], finetuning_args)
             for training_args in (p for p in parsed if hasattr(p, "do_train")):
@@ -162,7 +162,7 @@ def _check_folders(logger: Any, model_args: Any, training_args: Any, finetuning_
 def _check_keys_fit_template(model_args: Any, data_args: Any, finetuning_args: Any) -> None:
     from ..video.dialects import LLAMAFACTORY_DEFAULTS
 
-    if data_args.template in (TEMPLATE, THINKING_TEMPLATE):
+    if is_ours(data_args.template):
         if data_args.packing and not data_args.neat_packing:
             raise ValueError("packing lets samples attend to each other; use `neat_packing: true` instead")
         if data_args.tokenized_path is not None:

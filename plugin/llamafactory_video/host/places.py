@@ -8,23 +8,17 @@ plugin.
 
 import ast
 import functools
+import importlib
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 from .. import DISABLE_VARIABLE
-from .chat import extend_chat
 from .core import SUPPORTED_VERSIONS, UnsupportedLlamaFactory
-from .data import extend_converter, extend_data_loader, extend_packing
-from .model import extend_model_loader, extend_patcher
-from .parser import extend_parser
-from .prompt import extend_collator, extend_mm_plugin, extend_templates
-from .train import extend_optimizer, extend_trainer, extend_workflow
 
-# module -> (what is needed there, what is installed once it is imported). Needed are names, with the parameters that
+# module -> (what is needed there, the function of this folder that extends it once it is imported). Needed are names, with the parameters that
 # are used, methods as Class.method, and words of the source that are no names.
-TABLE: dict[str, tuple[dict[str, str], Callable[[ModuleType], None]]] = {
+TABLE: dict[str, tuple[dict[str, str], str | None]] = {
     "llamafactory.hparams.parser": (
         {
             "_TRAIN_ARGS": "",
@@ -39,11 +33,11 @@ TABLE: dict[str, tuple[dict[str, str], Callable[[ModuleType], None]]] = {
             "DataArguments": "",
             "FinetuningArguments": "",
         },
-        extend_parser,
+        "parser.extend_parser",
     ),
     "llamafactory.data.converter": (
         {"register_dataset_converter": "name dataset_converter", "DATASET_CONVERTERS": "", "DatasetConverter": ""},
-        extend_converter,
+        "data.extend_converter",
     ),
     "llamafactory.data.mm_plugin": (
         {
@@ -54,7 +48,7 @@ TABLE: dict[str, tuple[dict[str, str], Callable[[ModuleType], None]]] = {
             "BasePlugin.get_mm_inputs": "images videos audios imglens vidlens audlens batch_ids processor",
             "MMPluginMixin._validate_input": "processor images videos audios",
         },
-        extend_mm_plugin,
+        "prompt.extend_mm_plugin",
     ),
     "llamafactory.data.template": (
         {
@@ -66,25 +60,31 @@ TABLE: dict[str, tuple[dict[str, str], Callable[[ModuleType], None]]] = {
             "get_mm_plugin": "",
             'name="qwen3_vl"': "",
         },
-        extend_templates,
+        "prompt.extend_templates",
     ),
     "llamafactory.data.processor.supervised": (
         {
             "PackedSupervisedDatasetProcessor.preprocess_dataset": "examples",
             "SupervisedDatasetProcessor._encode_data_example": "prompt response system tools images videos audios",
         },
-        extend_packing,
+        "data.extend_packing",
     ),
-    "llamafactory.data.collator": ({"SFTDataCollatorWith4DAttentionMask.__call__": "features"}, extend_collator),
+    "llamafactory.data.collator": (
+        {"SFTDataCollatorWith4DAttentionMask.__call__": "features"},
+        "prompt.extend_collator",
+    ),
     "llamafactory.data.loader": (
         {
             "_load_single_dataset": "dataset_attr model_args data_args training_args",
-            "_get_merged_dataset": "dataset_names model_args data_args training_args stage return_dict",
+            "get_dataset": "template model_args data_args training_args stage tokenizer processor",
             "get_dataset_list": "",
+            "merge_dataset": "",
+            "split_dataset": "",
+            "get_dataset_module": "",
             "_get_preprocessed_dataset": "dataset data_args training_args stage template tokenizer processor is_eval",
             "logger": "",
         },
-        extend_data_loader,
+        "data.extend_data_loader",
     ),
     "llamafactory.model.patcher": (
         {
@@ -92,7 +92,7 @@ TABLE: dict[str, tuple[dict[str, str], Callable[[ModuleType], None]]] = {
             "patch_tokenizer": "tokenizer model_args",
             "logger": "",
         },
-        extend_patcher,
+        "model.extend_patcher",
     ),
     "llamafactory.model.model_utils.visual": (
         {
@@ -103,16 +103,16 @@ TABLE: dict[str, tuple[dict[str, str], Callable[[ModuleType], None]]] = {
             "projector_keys: list": "",
             "vision_model_keys: list": "",
         },
-        lambda module: None,
+        None,
     ),
-    "llamafactory.model.loader": ({"load_model": "tokenizer model_args finetuning_args"}, extend_model_loader),
+    "llamafactory.model.loader": ({"load_model": "tokenizer model_args finetuning_args"}, "model.extend_model_loader"),
     "llamafactory.train.trainer_utils": (
         {"create_custom_optimizer": "model training_args finetuning_args", "logger": ""},
-        extend_optimizer,
+        "train.extend_optimizer",
     ),
     "llamafactory.train.sft.trainer": (
         {"CustomSeq2SeqTrainer.save_predictions": "dataset predict_results skip_special_tokens"},
-        extend_trainer,
+        "train.extend_trainer",
     ),
     "llamafactory.train.sft.workflow": (
         {
@@ -121,9 +121,12 @@ TABLE: dict[str, tuple[dict[str, str], Callable[[ModuleType], None]]] = {
             "logger": "",
             "run_sft": "model_args data_args training_args finetuning_args generating_args",
         },
-        extend_workflow,
+        "train.extend_workflow",
     ),
-    "llamafactory.chat.chat_model": ({"run_chat": "", "ChatModel.stream_chat": "messages images videos"}, extend_chat),
+    "llamafactory.chat.chat_model": (
+        {"run_chat": "", "ChatModel.stream_chat": "messages images videos"},
+        "chat.extend_chat",
+    ),
 }
 installed: set[str] = set()
 
@@ -188,5 +191,8 @@ def prepare() -> None:
 
 def install(module: ModuleType) -> None:
     """Install into a module of the table that has just run."""
-    TABLE[module.__name__][1](module)
+    extend = TABLE[module.__name__][1]
+    if extend is not None:
+        file, _, function = extend.partition(".")
+        getattr(importlib.import_module(f"{__package__}.{file}"), function)(module)
     installed.add(module.__name__)

@@ -1,18 +1,20 @@
 """A model's processor and tokenizer, as the recipe and the model's folder say how clips are sampled."""
 
+import functools
 from collections.abc import Callable, Sequence
 from copy import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import AutoProcessor, AutoTokenizer, Qwen3VLProcessor
+from transformers.utils import cached_file
 
 from ..video.cache import GIB, FrameCache, default_folder
-from ..video.contract import Contract
+from ..video.contract import FILE, Contract, agreed, difference, nearest, read_contract, write_contract
 from ..video.dialects import image_bounds_of, resolve_sampling
+from ..video.reader import ClipReader
 from ..video.sampling import Sampling
 from .keys import VideoModelKeys
-
-if TYPE_CHECKING:
-    from ..video.contract import Contract
 
 _LEAST_CACHE = 1 * GIB  # below it, a cache that nobody asked for is not worth its place
 
@@ -45,12 +47,15 @@ def frame_cache(keys: VideoModelKeys, log: Callable[[str], None]) -> FrameCache 
     return cache
 
 
+def clip_reader(sampling: Sampling, keys: VideoModelKeys, log: Callable[[str], None]) -> ClipReader:
+    """The reader of clips that a recipe asks for, with its cache."""
+    return ClipReader(sampling, frame_cache(keys, log), keys.video_timeout, remote=int(keys.video_remote_gb * GIB))
+
+
 def take_trained_processors(processor: Any, adapters: Sequence[str]) -> None:
     """Sample as the last adapter was trained: its folder holds the processor files that the base model's lack."""
     for folder in reversed(adapters):
         if Path(folder, "processor_config.json").is_file():
-            from transformers import AutoProcessor
-
             trained = AutoProcessor.from_pretrained(folder)
             processor.video_processor, processor.image_processor = trained.video_processor, trained.image_processor
             return
@@ -102,18 +107,15 @@ def _bounded(size: Any, least: int, most: int) -> Any:
 
 def _saved_file(name: str, file: str, model_args: Any, **options: Any) -> str | None:
     """A file beside a model or an adapter, in its folder or on the hub; None if there is none."""
-    from transformers.utils import cached_file
-
     options = {**options, "cache_dir": model_args.cache_dir, "token": model_args.hf_hub_token}
     errors = ("gated_repo", "missing_entries", "connection_errors")
     return cached_file(name, file, **options, **{f"_raise_exceptions_for_{error}": False for error in errors})
 
 
-def trained_contract(model_args: Any) -> "tuple[str, Contract] | None":
+def trained_contract(model_args: Any) -> tuple[str, Contract] | None:
     """How the model was sampled when it was trained, and the folder that says so; an adapter's before its model's."""
-    from ..video.contract import FILE, agreed, read_contract
 
-    def find(name: str, **options: Any) -> "list[tuple[str, Contract]]":
+    def find(name: str, **options: Any) -> list[tuple[str, Contract]]:
         file = _saved_file(name, FILE, model_args, **options)
         return [] if file is None else [(name, read_contract(Path(file)))]
 
@@ -121,31 +123,57 @@ def trained_contract(model_args: Any) -> "tuple[str, Contract] | None":
     return agreed(adapters or find(model_args.model_name_or_path, revision=model_args.model_revision))
 
 
-def save_with_contract(processor: Any, contract: "Contract", log: Callable[[str], None]) -> None:
-    """Have a processor write the contract wherever it is saved, and for plain transformers what comes nearest to it."""
-    from ..video.contract import Contract, difference, nearest, write_contract
+class SamplingProcessor(Qwen3VLProcessor):
+    """transformers' processor, which knows how clips are sampled, reads them so, and writes it where it is saved.
 
-    save, told = processor.save_pretrained, []
+    A processor that was loaded becomes one by `prepare`.
+    """
 
-    def save_pretrained(folder: Any, *args: Any, **kwargs: Any) -> Any:
-        video_processor, own = processor.video_processor, copy(processor.video_processor)
-        near = nearest(contract.clips)
-        if near != contract.clips and not told:
-            told.append(True)
-            log(
-                f"transformers without this plugin cannot sample as {contract.clips.dialect} does. For it, {folder} has "
-                f"what comes nearest: {difference(contract, Contract(near, contract.image_pixels))}"
+    contract: Contract
+    _make_reader: Callable[[], ClipReader]
+    _log: Callable[[str], None]
+    _told = False  # what is lost on others: once is enough
+
+    @classmethod
+    def prepare(
+        cls, processor: Any, contract: Contract, make_reader: Callable[[], ClipReader], log: Callable[[str], None]
+    ) -> None:
+        """Make transformers' processor one of ours.
+
+        Args:
+            make_reader: called when the first clip is read.
+            log: takes a line for the person who runs this.
+        """
+        processor.__class__ = cls
+        processor.contract, processor._make_reader, processor._log = contract, make_reader, log
+
+    @functools.cached_property
+    def clip_reader(self) -> ClipReader:
+        """Plans and decodes clips as the contract says."""
+        return self._make_reader()
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """Writes the contract too, and for plain transformers what comes nearest to it."""
+        video_processor, clips = self.video_processor, self.contract.clips
+        near = nearest(clips)
+        if near != clips and not self._told:
+            changed = difference(self.contract, Contract(near, self.contract.image_pixels))
+            self._log(
+                f"transformers without this plugin cannot sample as {clips.dialect} does. For it, {save_directory} has "
+                f"what comes nearest: {changed}"
             )
-        tell_processor(own, near)
-        processor.video_processor = own
+            self._told = True
+        self.video_processor = copy(video_processor)
+        tell_processor(self.video_processor, near)
         try:
-            saved = save(folder, *args, **kwargs)
+            saved = super().save_pretrained(save_directory, *args, **kwargs)
         finally:
-            processor.video_processor = video_processor
-        write_contract(Path(folder), contract)
+            self.video_processor = video_processor
+        write_contract(Path(save_directory), self.contract)
         return saved
 
-    processor.save_pretrained = save_pretrained
+
+SamplingProcessor.__name__ = Qwen3VLProcessor.__name__  # by which saved files name their class
 
 
 def add_trained_tokens(tokenizer: Any, model_args: Any, log: Callable[[str], None]) -> None:
@@ -154,8 +182,6 @@ def add_trained_tokens(tokenizer: Any, model_args: Any, log: Callable[[str], Non
     Raises:
         ValueError: if such a place is taken by another token.
     """
-    from transformers import AutoTokenizer
-
     for name in model_args.adapter_name_or_path or ():
         if _saved_file(name, "tokenizer_config.json", model_args) is None:
             continue

@@ -1,54 +1,86 @@
 """The templates, and clips and pictures in LLaMA-Factory's collator, chat and API."""
 
+from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
-from .core import TEMPLATE, THINKING_TEMPLATE, replace_everywhere
+from ..media import IMAGE_PLACEHOLDER, TOOL, USER, VIDEO_PLACEHOLDER, strip_around_placeholders
+from ..prompt.pixels import count_image_tokens, token_type_ids, vision_inputs
+from ..prompt.tokens import (
+    IGNORE_INDEX,
+    TemplateError,
+    check_chat_template,
+    encode_text,
+    expand_pads,
+    place_messages,
+    render,
+)
+from ..records.clips import decode_planned_clip
+from ..video.probe import ClipError
+from ..video.reader import ClipReader, DecodedClip
+from .core import TEMPLATE, THINKING_TEMPLATE, is_ours, replace_everywhere
+from .processor import SamplingProcessor
 
-if TYPE_CHECKING:
-    from ..video.reader import ClipReader
 
-
-def clip_reader_of(processor: Any) -> "ClipReader":
-    reader = getattr(processor, "clip_reader", None)
-    if reader is None:
+def clip_reader_of(processor: Any) -> ClipReader:
+    """The reader of clips of a processor that was prepared for video (host/processor.py)."""
+    if not isinstance(processor, SamplingProcessor):
         found = "no processor" if processor is None else type(processor).__name__
         raise ValueError(f"template {TEMPLATE} needs a Qwen3-VL model with its processor files; found {found}")
-    make_cache = processor.__dict__.pop("make_frame_cache", None)
-    if make_cache is not None:
-        reader.cache = make_cache()
-    return reader
+    return processor.clip_reader
+
+
+def clip_of(video: Any) -> tuple[Any, str]:
+    """What the reader takes of a video that LLaMA-Factory passes on, and the digest of its plan in a packed row."""
+    if not isinstance(video, str):
+        return video, ""
+    try:
+        return decode_planned_clip(video)
+    except ValueError as error:
+        raise ClipError(f"{video}: {error}") from error
+
+
+def _decode(video: Any, reader: ClipReader) -> DecodedClip:
+    if isinstance(video, DecodedClip):
+        return video
+    clip, plan_digest = clip_of(video)
+    decoded = reader.read(clip)
+    if plan_digest and plan_digest != decoded.plan.digest:
+        raise ClipError(
+            f"{clip}: the file was replaced or found damaged after its prompt was built. Rerun with `overwrite_cache: true`"
+        )
+    return decoded
 
 
 def extend_mm_plugin(mm_plugin: ModuleType) -> None:
     """The multimodal side of the template, for the collator, chat and the API."""
-    from dataclasses import dataclass
 
     @dataclass
     class Qwen3VLVideoPlugin(mm_plugin.BasePlugin):
         def process_messages(self, messages, images, videos, audios, processor):
-            from ..media import IMAGE_PLACEHOLDER, TOOL, USER, VIDEO_PLACEHOLDER
-            from ..prompt.tokens import TemplateError, place_messages
-
             self._validate_input(processor, images, videos, audios)
             text = "".join(message["content"] for message in messages if message["role"] in (USER, TOOL))
             for mark, given in ((VIDEO_PLACEHOLDER, videos), (IMAGE_PLACEHOLDER, images)):
                 if text.count(mark) != len(given):
                     raise TemplateError(f"{text.count(mark)} {mark} in the messages and {len(given)} given with them")
-            clips = [clip_reader_of(processor).show(video) for video in videos]
-            if isinstance(videos, list):  # the same list comes again for the pixels, and a stream is read only once
-                videos[:] = [v if isinstance(v, str) else clip for v, clip in zip(videos, clips, strict=True)]
-            return place_messages(messages, [clip.plan for clip in clips], strip=True)
+            plans = [_decode(video, clip_reader_of(processor)).plan for video in videos]
+            stripped = [
+                {**message, "content": strip_around_placeholders(message["content"])}
+                if message["role"] == USER
+                else message
+                for message in messages
+            ]
+            return place_messages(stripped, plans)
 
         def process_token_ids(self, input_ids, labels, images, videos, audios, tokenizer, processor):
-            from ..prompt.pixels import count_image_tokens
-            from ..prompt.tokens import expand_pads
-
             if not input_ids:
                 return input_ids, labels
             reader = clip_reader_of(processor)
             image_tokens = [count_image_tokens(image, processor.image_processor, reader.sampling) for image in images]
-            plans = [reader.plan(video) for video in videos]
+            plans = [
+                reader.plan(clip_of(video)[0]).plan if isinstance(video, str) else _decode(video, reader).plan
+                for video in videos
+            ]
             return expand_pads(
                 input_ids, labels, image_tokens, plans, processor.image_token_id, processor.video_token_id
             )
@@ -56,10 +88,10 @@ def extend_mm_plugin(mm_plugin: ModuleType) -> None:
         def get_mm_inputs(self, images, videos, audios, imglens, vidlens, audlens, batch_ids, processor):
             import torch
 
-            from ..prompt.pixels import token_type_ids, vision_inputs
-
             self._validate_input(processor, images, videos, audios)
-            inputs = vision_inputs(images, videos, processor, clip_reader_of(processor))
+            reader = clip_reader_of(processor)
+            clips = [_decode(video, reader) for video in videos]
+            inputs = vision_inputs(images, clips, processor, reader.sampling)
             types = [token_type_ids(torch.tensor(ids), processor).tolist() for ids in batch_ids]
             return {**inputs, "mm_token_type_ids": types}
 
@@ -69,22 +101,19 @@ def extend_mm_plugin(mm_plugin: ModuleType) -> None:
 
 def extend_templates(template: ModuleType) -> None:
     """The templates, which render with the model's own chat template."""
-    from dataclasses import dataclass
-    from typing import ClassVar
 
     @dataclass
     class VideoTemplate(template.Template):
+        video_template: ClassVar[bool] = True
         thinking: ClassVar[bool] = False
 
         def encode_oneturn(self, tokenizer, messages, system=None, tools=None):
-            from ..prompt.tokens import render
 
             prompt = render(tokenizer, messages[:-1], system or self.default_system, tools, ask=True)
             response = messages[-1]["content"] + "<|im_end|>\n"
             return tuple(tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, response))
 
         def encode_multiturn(self, tokenizer, messages, system=None, tools=None, discarding_history_cot=False):
-            from ..prompt.tokens import IGNORE_INDEX, encode_text, render
 
             text = render(tokenizer, messages, system or self.default_system, tools, ask=False)
             ids, labels = encode_text(tokenizer, text, self.thinking)
@@ -97,7 +126,6 @@ def extend_templates(template: ModuleType) -> None:
             return pairs
 
         def fix_jinja_template(self, tokenizer) -> None:
-            from ..prompt.tokens import check_chat_template
 
             check_chat_template(tokenizer, self.thinking)
 
@@ -125,8 +153,6 @@ def extend_templates(template: ModuleType) -> None:
 
 def extend_collator(collator: ModuleType) -> None:
     """Token types at the width of the padded batch: the stock collator pads them less far than input_ids."""
-    from dataclasses import dataclass
-
     import numpy as np
 
     stock = collator.SFTDataCollatorWith4DAttentionMask
@@ -134,10 +160,10 @@ def extend_collator(collator: ModuleType) -> None:
     @dataclass
     class SFTDataCollatorWith4DAttentionMask(stock):
         def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
-            if not hasattr(self.template, "thinking"):
+            if not is_ours(self.template):
                 return super().__call__(features)
             # Frames are read here, once a batch is wanted: what asks for lengths alone decodes nothing.
-            features = [feature["show"]() if "show" in feature else feature for feature in features]
+            features = [feature["load"]() if "load" in feature else feature for feature in features]
             # Counted before stock shows a picture that no record has, where a batch is of texts alone.
             images, clips = (
                 sum(len(feature.get(kind) or ()) for feature in features) for kind in ("images", "videos")
@@ -145,8 +171,6 @@ def extend_collator(collator: ModuleType) -> None:
             # A packed row has its samples numbered from 1 in its mask.
             lengths = [n for feature in features for n in np.bincount(feature["attention_mask"])[1:].tolist()]
             batch = super().__call__(features)
-            from ..prompt.pixels import token_type_ids
-
             batch["mm_token_type_ids"] = token_type_ids(batch["input_ids"], self.processor)
             grids = (batch.get(name) for name in ("image_grid_thw", "video_grid_thw"))
             grids = [grid for grid in grids if grid is not None]

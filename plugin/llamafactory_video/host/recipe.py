@@ -7,24 +7,25 @@ import sys
 from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..prompt.encoder import Encoder
+from ..records.report import DatasetError
+from ..records.table import Records
 from ..train.run_record import plain, without_secrets
-from .core import TEMPLATE, THINKING_TEMPLATE
-from .data import record_encoder
-
-if TYPE_CHECKING:
-    from ..prompt.encoder import RecordEncoder
+from .core import TEMPLATE, is_ours
+from .data import make_encoder
+from .rows import LAYOUT
 
 
-def recipe_data(recipe: Path, overrides: list[str]) -> tuple[int, dict[str, Any], "RecordEncoder"]:
+def recipe_data(recipe: Path, overrides: list[str]) -> tuple[int, dict[str, Records], Encoder]:
     """The data sets that a training recipe names, without its model's weights.
 
     Args:
         overrides: `key=value`, as for `llamafactory-cli`.
 
     Returns:
-        How many records are wrong, the others by data set, in rows of `table.FEATURES`, and their encoder.
+        How many records are wrong, the others by data set, and their encoder.
     """
     from llamafactory.data import get_template_and_fix_tokenizer
     from llamafactory.data.loader import _load_single_dataset
@@ -32,13 +33,11 @@ def recipe_data(recipe: Path, overrides: list[str]) -> tuple[int, dict[str, Any]
     from llamafactory.hparams import get_train_args, read_args
     from llamafactory.model import load_tokenizer
 
-    from ..records.report import DatasetError
-
     sys.argv = ["lmf-video", str(recipe), *overrides]
     # What needs a GPU or several processes has no part in the data.
     args = {**read_args(), "deepspeed": None, "bf16": False, "fp16": False, "use_cpu": True, "streaming": False}
     model_args, data_args, training_args, _, _ = get_train_args(args)
-    if data_args.template not in (TEMPLATE, THINKING_TEMPLATE):
+    if not is_ours(data_args.template):
         raise ValueError(f"{recipe} has template {data_args.template}; only {TEMPLATE} can be checked")
     module = load_tokenizer(model_args)
     template = get_template_and_fix_tokenizer(module["tokenizer"], data_args)
@@ -46,15 +45,15 @@ def recipe_data(recipe: Path, overrides: list[str]) -> tuple[int, dict[str, Any]
     parts, wrong = {}, 0
     for name, attr in zip(names, get_dataset_list(names, data_args.dataset_dir), strict=True):
         try:
-            parts[name] = _load_single_dataset(attr, model_args, data_args, training_args)
+            parts[name] = Records(_load_single_dataset(attr, model_args, data_args, training_args), LAYOUT)
         except DatasetError as error:
             wrong += error.wrong
             print(error)
             with contextlib.suppress(DatasetError):  # the clips of the other records are to be checked all the same
                 left = copy(data_args)
                 left.skip_wrong_records = True
-                parts[name] = _load_single_dataset(attr, model_args, left, training_args)
-    return wrong, parts, record_encoder(template, module["tokenizer"], module["processor"], data_args)
+                parts[name] = Records(_load_single_dataset(attr, model_args, left, training_args), LAYOUT)
+    return wrong, parts, make_encoder(template, module["tokenizer"], module["processor"], data_args)
 
 
 # Made by a run for itself; what is known of them is in `history`, and where a run is started again in its command.

@@ -5,7 +5,14 @@ from copy import copy
 from types import ModuleType
 from typing import Any
 
-from .core import replace_everywhere
+from ..records.table import Records
+from ..train.failure import stopping_together
+from ..train.optimizer import given_rates, make_optimizer
+from ..train.run_record import describe_run
+from ..train.trainer import VideoTrainer
+from .core import is_ours, replace_everywhere
+from .recipe import resolved_recipe
+from .rows import LAYOUT
 
 
 def extend_trainer(trainer: ModuleType) -> None:
@@ -15,10 +22,10 @@ def extend_trainer(trainer: ModuleType) -> None:
     class CustomSeq2SeqTrainer(stock):
         def save_predictions(self, dataset: Any, predict_results: Any, skip_special_tokens: bool = True) -> None:
             prompts = dataset
-            if self.finetuning_args.video_template and self.is_world_process_zero():
-                encoder = dataset.format["format_kwargs"]["transform"]
-                rows = map(encoder.encode, dataset.with_format(None))
-                prompts = {"input_ids": [row["input_ids"] for row in rows]}
+            if is_ours(self.finetuning_args) and self.is_world_process_zero():
+                items = dataset.format["format_kwargs"]["transform"]
+                samples = map(items.encoder.encode, Records(dataset, LAYOUT))
+                prompts = {"input_ids": [sample.ids for sample in samples]}
             super().save_predictions(prompts, predict_results, skip_special_tokens)
 
     replace_everywhere(trainer, "CustomSeq2SeqTrainer", CustomSeq2SeqTrainer)
@@ -31,18 +38,11 @@ def extend_workflow(workflow: ModuleType) -> None:
         workflow.run_sft,
         workflow.create_modelcard_and_push,
     )
-    arguments: list[Any] = []  # of the run: those that LLaMA-Factory's trainer does not get
 
-    def make_trainer(**kwargs: Any) -> Any:
-        if not kwargs["finetuning_args"].video_template:
-            return stock(**kwargs)
-        from ..train.run_record import describe_run
-        from ..train.trainer import VideoTrainer
-        from .recipe import resolved_recipe
+    class VideoSeq2SeqTrainer(VideoTrainer, stock):
+        pass
 
-        class VideoSeq2SeqTrainer(VideoTrainer, stock):
-            pass
-
+    def make_trainer(arguments: list[Any], **kwargs: Any) -> Any:
         keys = kwargs["finetuning_args"]
         data = kwargs.get("train_dataset"), kwargs.get("eval_dataset")
         trainer = VideoSeq2SeqTrainer(
@@ -59,24 +59,24 @@ def extend_workflow(workflow: ModuleType) -> None:
                 callback.on_save = lambda *_, **__: None  # a checkpoint that has its name is not written to again
         return trainer
 
-    def run_sft(*args: Any, **kwargs: Any) -> None:
-        if not args[0].video_template:
-            run_stock(*args, **kwargs)
-            return
-        from ..train.failure import stopping_together
-
-        arguments[:] = [copy(argument) for argument in args[:5]]  # as they are before the model is loaded
-        with stopping_together():
-            run_stock(*args, **kwargs)
-
-    def create_modelcard_and_push(trainer: Any, *args: Any) -> None:
+    def finish(trainer: Any, *args: Any) -> None:
         make_card(trainer, *args)
-        if (
-            hasattr(trainer, "finish_record") and not trainer.args.push_to_hub
-        ):  # where it pushes, it has made it before
+        if not trainer.args.push_to_hub:  # otherwise create_model_card has done it
             trainer.finish_record()
 
-    workflow.CustomSeq2SeqTrainer, workflow.create_modelcard_and_push = make_trainer, create_modelcard_and_push
+    def run_sft(*args: Any, **kwargs: Any) -> None:
+        if not is_ours(args[0]):
+            run_stock(*args, **kwargs)
+            return
+        arguments = [copy(argument) for argument in args[:5]]  # as they are before the model is loaded
+        workflow.CustomSeq2SeqTrainer = functools.partial(make_trainer, arguments)
+        workflow.create_modelcard_and_push = finish
+        try:
+            with stopping_together():
+                run_stock(*args, **kwargs)
+        finally:
+            workflow.CustomSeq2SeqTrainer, workflow.create_modelcard_and_push = stock, make_card
+
     replace_everywhere(workflow, "run_sft", run_sft)
 
 
@@ -85,8 +85,8 @@ def extend_optimizer(trainer_utils: ModuleType) -> None:
     stock = trainer_utils.create_custom_optimizer
 
     def create_custom_optimizer(model: Any, training_args: Any, finetuning_args: Any) -> Any:
-        from ..train.optimizer import make_optimizer
-
+        if not is_ours(finetuning_args) and not given_rates(finetuning_args):
+            return stock(model, training_args, finetuning_args)
         return make_optimizer(stock, model, training_args, finetuning_args, trainer_utils.logger.info_rank0)
 
     replace_everywhere(trainer_utils, "create_custom_optimizer", create_custom_optimizer)

@@ -1,29 +1,46 @@
 """A record -> a sample, made when it is asked for: no disk or memory goes to visual tokens."""
 
-import functools
 import re
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from jinja2 import TemplateError as JinjaError
 
-from ..media import Clip
-from ..records.clips import decode_clip
+from ..media import Clip, Conversation
 from ..records.report import DatasetError
 from ..video.fit import SHRINK_STAGES, most_tokens, shrink
 from ..video.probe import ClipError
-from ..video.reader import ClipReader, as_clip, plan_digest
+from ..video.reader import ATTEMPTS, ClipReader, DecodedClip, OutdatedPlan, PlannedClip, as_clip
 from ..video.sampling import FramePlan, Sampling, SamplingError
 from .pixels import count_image_tokens
-from .tokens import IGNORE_INDEX, TemplateError, encode_text, expand_pads, place_messages, render
+from .tokens import IGNORE_INDEX, IMAGE_PAD, VIDEO_PAD, TemplateError, encode_text, expand_pads, place_messages, render
 
 _SHRINK_STEPS = 64  # sizes of a clip that are told apart when it is made smaller
 _TURN_TOKENS = 16  # more than the layout around a turn takes
 
 
+@dataclass(frozen=True)
+class Sample:
+    """What the model is given of a conversation, but for pixels.
+
+    Attributes:
+        ids: token ids, visual ones expanded, (n,).
+        labels: (n,), -100 where nothing is learnt; of a prompt for generation, the answer's ids.
+        images: pictures, in order of their tokens.
+        clips: planned clips, in order of their tokens.
+        change: what was done to clips to make it fit, or "".
+    """
+
+    ids: list[int]
+    labels: list[int]
+    images: list[Any]
+    clips: list[PlannedClip]
+    change: str = ""
+
+
 def encode_conversation(
-    row: dict[str, Any],
+    conversation: Conversation,
     plans: Sequence[FramePlan],
     tokenizer: Any,
     processor: Any,
@@ -32,22 +49,19 @@ def encode_conversation(
     default_system: str = "",
     generation: bool = False,
 ) -> tuple[list[int], list[int]]:
-    """Token ids and labels of a row of `table.FEATURES`.
+    """Token ids and labels of a conversation.
 
     Args:
-        plans: of the row's clips, in order.
+        plans: of its clips, in order.
         sampling: of its images.
         generation: prompt ids alone, up to the last answer, and that answer's ids as labels.
 
     Raises:
         ClipError, TemplateError: if it cannot be shown.
     """
-    image_tokens = [count_image_tokens(image, processor.image_processor, sampling) for image in row["_images"] or ()]
-    to_place = list(plans)
-    # Other formats than ours keep the newline after <video>; the model is to be trained as it will be asked.
-    stripped = not row.get("_source")
-    messages = place_messages([*row["_prompt"], *row["_response"]], to_place, strip=stripped)
-    system, tools = row["_system"] or default_system, row["_tools"]
+    image_tokens = [count_image_tokens(image, processor.image_processor, sampling) for image in conversation.images]
+    messages = place_messages([{"role": role, "content": text} for role, text in conversation.messages], plans)
+    system, tools = conversation.system or default_system, conversation.tools
     pads = processor.image_token_id, processor.video_token_id
     whole = render(tokenizer, messages, system, tools, ask=False)
     if generation:
@@ -58,14 +72,14 @@ def encode_conversation(
     return expand_pads(*encode_text(tokenizer, whole, thinking), image_tokens, plans, *pads)
 
 
-class RecordEncoder:
-    """Rows of `FEATURES` -> what LLaMA-Factory's collator takes, made when a record is asked for.
+class Encoder:
+    """Conversation -> `Sample`, made when it is asked for; and the frames of its plans.
 
     Args:
         reader: of clips.
         cutoff_len: the most tokens that a record may have; none is cut.
-        shrink: clips of a longer record lose pixels, then frames, until it fits (`sampling.shrink`).
-        generation: prompts alone in `input_ids`, the last answer in `labels`.
+        shrink: clips of a longer record lose pixels, then frames, until it fits (`video.fit.shrink`).
+        generation: prompts alone in `ids`, the last answer in `labels`.
         train_on_prompt: labels on the prompt's text too.
         last_turn_only: labels on the last answer alone (LLaMA-Factory's `mask_history`).
     """
@@ -88,61 +102,40 @@ class RecordEncoder:
         self.thinking, self.default_system = thinking, default_system
         self.generation, self.train_on_prompt, self.last_turn_only = generation, train_on_prompt, last_turn_only
 
-    def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        """A batch of columns -> a batch of columns, as `Dataset.with_transform` wants it; see `item`."""
-        names = list(rows)
-        items = [self.item(dict(zip(names, values, strict=True))) for values in zip(*rows.values(), strict=True)]
-        return {name: [item[name] for item in items] for name in items[0]}
-
-    def item(self, row: dict[str, Any]) -> dict[str, Any]:
-        """One record as an item of the data set: what `encode` makes, and under `show` a function that reads its clips.
-
-        The collator calls `show`, so what asks for lengths alone decodes nothing.
-        """
-        sample = self.encode(row)
-        return {**sample, "show": functools.partial(self.show, row, sample)}
-
-    def show(self, row: dict[str, Any], sample: dict[str, Any] | None = None) -> dict[str, Any]:
-        """One record as the collator takes it, with the frames of its clips in `videos`, as `ShownClip`.
+    def load(self, conversation: Conversation, sample: Sample | None = None) -> tuple[Sample, list[DecodedClip]]:
+        """A sample and the frames of its clips, which agree: where a file yields other frames than planned, both are anew.
 
         Args:
-            sample: what `encode` made of the row.
+            sample: what `encode` made of the conversation, if it has.
 
         Raises:
             DatasetError: naming the record, if it cannot be shown or is too long.
         """
-        while True:
-            sample = dict(sample or self.encode(row))
-            plans, _ = sample.pop("plans"), sample.pop("change")
-            if not plans:
-                return sample
+        for _ in range(ATTEMPTS):
+            sample = sample or self.encode(conversation)
             try:
-                shown = [self.reader.show(replace(decode_clip(video), planned=None)) for video in sample["videos"]]
+                return sample, [self.reader.decode(clip) for clip in sample.clips]
+            except OutdatedPlan:
+                sample = None
             except ClipError as error:
-                raise DatasetError(f"{source_of(row)}: {error}") from error
-            if [clip.plan for clip in shown] == plans:
-                return {**sample, "videos": shown}
-            sample = None  # decoding has taught that a file is damaged, or another file now
+                raise DatasetError(f"{conversation.name}: {error}") from error
+        raise DatasetError(f"{conversation.name}: its clips change while they are read")
 
-    def encode(self, row: dict[str, Any]) -> dict[str, Any]:
-        """One record, without decoding its clips.
-
-        Returns:
-            What the collator takes, with the clips as text in `videos`; `plans`, what is shown of them; and `change`,
-            what was done to clips to make the record fit, or "".
+    def encode(self, conversation: Conversation) -> Sample:
+        """A conversation as a sample; no clip is decoded.
 
         Raises:
             DatasetError: naming the record, if it cannot be shown or is too long.
         """
-        clips, change = [as_clip(video) for video in row["_videos"] or ()], ""
-        ids, labels, plans = self._encode(row, clips)
+        clips, change = [as_clip(video) for video in conversation.videos], ""
+        ids, labels, planned = self._encode(conversation, clips)
         if len(ids) > self.cutoff_len:
             lengths = len(ids), self.visual_tokens(ids)
             said = (
-                f"{source_of(row)}: {lengths[0]} tokens, {lengths[1]} of them visual, are more than cutoff_len "
+                f"{conversation.name}: {lengths[0]} tokens, {lengths[1]} of them visual, are more than cutoff_len "
                 f"{self.cutoff_len}"
             )
-            smaller = self._fit(row, clips, plans)
+            smaller = self._fit(conversation, planned)
             if smaller is None:
                 least = "; even its smallest clips do not fit" if clips else ""
                 raise DatasetError(
@@ -152,9 +145,8 @@ class RecordEncoder:
                 raise DatasetError(
                     f"{said}; raise cutoff_len to {len(ids)}, or set {_differences(clips, smaller)}", lengths=lengths
                 )
-            ids, labels, plans = self._encode(row, smaller)
+            ids, labels, planned = self._encode(conversation, smaller)
             change = f"{said}: now {len(ids)}, with {_differences(clips, smaller)}"
-            clips = smaller
         if not self.generation and self.train_on_prompt:
             pads = (self.processor.image_token_id, self.processor.video_token_id)
             labels = [IGNORE_INDEX if token in pads else token for token in ids]
@@ -162,47 +154,32 @@ class RecordEncoder:
         elif not self.generation and self.last_turn_only:
             last = max((i for i, label in enumerate(labels) if label == IGNORE_INDEX), default=-1)
             labels = [IGNORE_INDEX] * (last + 1) + labels[last + 1 :]
-        return {
-            "input_ids": ids,
-            "attention_mask": [1] * len(ids),
-            "labels": labels,
-            "images": row["_images"],
-            "videos": [
-                replace(clip, planned=plan_digest(plan)).encode() for clip, plan in zip(clips, plans, strict=True)
-            ]
-            or None,
-            "audios": None,
-            "plans": plans,
-            "change": change,
-        }
+        return Sample(ids, labels, list(conversation.images), planned, change)
 
     def visual_tokens(self, ids: list[int]) -> int:
         """How many of the tokens are visual."""
         return ids.count(self.processor.image_token_id) + ids.count(self.processor.video_token_id)
 
-    def may_be_too_long(self, row: dict[str, Any]) -> bool:
+    def may_be_too_long(self, conversation: Conversation) -> bool:
         """Whether the record can be longer than the cutoff; no clip is looked at for that."""
-        if row["_tools"] or self.default_system:
+        if conversation.tools or self.default_system or conversation.images:
             return True
-        turns = [*row["_prompt"], *row["_response"]]
-        texts = [row["_system"] or "", *(turn["content"] for turn in turns)]
+        texts = [conversation.system, *(text for _, text in conversation.messages)]
         most = sum(len(text.encode()) + _TURN_TOKENS for text in texts)  # a token is at least a byte
         try:
-            clips = [as_clip(video) for video in row["_videos"] or ()]
-            most += sum(
-                most_tokens(self.reader.sampling.override(**clip.settings), len(clip.frames) if clip.frames else None)
-                for clip in clips
-            )
+            for clip in map(as_clip, conversation.videos):
+                sampling = self.reader.sampling.override(**clip.settings)
+                most += most_tokens(sampling, len(clip.frames) if clip.frames else None)
         except SamplingError:
             return True
-        return most > self.cutoff_len or bool(row["_images"])
+        return most > self.cutoff_len
 
-    def _encode(self, row: dict[str, Any], clips: list[Clip]) -> tuple[list[int], list[int], list[FramePlan]]:
+    def _encode(self, conversation: Conversation, clips: list[Clip]) -> tuple[list[int], list[int], list[PlannedClip]]:
         try:
-            plans = [self.reader.plan(clip) for clip in clips]
+            planned = [self.reader.plan(clip) for clip in clips]
             encoded = encode_conversation(
-                row,
-                plans,
+                conversation,
+                [clip.plan for clip in planned],
                 self.tokenizer,
                 self.processor,
                 self.reader.sampling,
@@ -210,26 +187,26 @@ class RecordEncoder:
                 self.default_system,
                 self.generation,
             )
-            return *encoded, plans
+            return *encoded, planned
         except (ClipError, TemplateError) as error:
-            raise DatasetError(f"{source_of(row)}: {error}") from error
+            raise DatasetError(f"{conversation.name}: {error}") from error
         except (JinjaError, TypeError) as error:
-            raise DatasetError(f"{source_of(row)}: the model's chat template cannot write it ({error})") from error
+            raise DatasetError(f"{conversation.name}: the model's chat template cannot write it ({error})") from error
 
-    def _fit(self, row: dict[str, Any], clips: list[Clip], plans: list[FramePlan]) -> list[Clip] | None:
+    def _fit(self, conversation: Conversation, planned: list[PlannedClip]) -> list[Clip] | None:
         """The clips, smaller by as little as makes the record fit; None if nothing does. All go down together."""
 
         def tried(stage: int, step: int) -> list[Clip] | None:
             smaller = []
-            for clip, plan in zip(clips, plans, strict=True):
-                settings = shrink(self.reader.sampling.override(**clip.settings), plan, stage, step / _SHRINK_STEPS)
-                smaller.append(replace(clip, **settings))
+            for clip in planned:
+                sampling = self.reader.sampling.override(**clip.clip.settings)
+                smaller.append(replace(clip.clip, **shrink(sampling, clip.plan, stage, step / _SHRINK_STEPS)))
             try:
-                return smaller if len(self._encode(row, smaller)[0]) <= self.cutoff_len else None
+                return smaller if len(self._encode(conversation, smaller)[0]) <= self.cutoff_len else None
             except DatasetError:  # so few pixels that nothing is left of a frame
                 return None
 
-        for stage in range(SHRINK_STAGES if clips else 0):
+        for stage in range(SHRINK_STAGES if planned else 0):
             best = tried(stage, 0)
             if best is None:
                 continue
@@ -244,20 +221,14 @@ class RecordEncoder:
             return best
         return None
 
-    def describe(self, sample: dict[str, Any]) -> str:
+    def describe(self, sample: Sample) -> str:
         """A sample as a person reads it, with its runs of visual tokens counted."""
-        from .tokens import IMAGE_PAD, VIDEO_PAD
-
-        text = self.tokenizer.decode(sample["input_ids"], skip_special_tokens=False)
+        text = self.tokenizer.decode(sample.ids, skip_special_tokens=False)
         for pad in (IMAGE_PAD, VIDEO_PAD):
             text = re.sub(f"({re.escape(pad)})+", lambda run, pad=pad: f"{pad}*{len(run[0]) // len(pad)}", text)
-        said = [label for label in sample["labels"] if label != IGNORE_INDEX]
+        said = [label for label in sample.labels if label != IGNORE_INDEX]
         answer = self.tokenizer.decode(said, skip_special_tokens=False)
-        return f"{text}\nlabels ({len(said)} of {len(sample['input_ids'])} tokens):\n{answer}"
-
-
-def source_of(row: dict[str, Any]) -> str:
-    return row.get("_source") or "a record"
+        return f"{text}\nlabels ({len(said)} of {len(sample.ids)} tokens):\n{answer}"
 
 
 def _differences(clips: list[Clip], smaller: list[Clip]) -> str:

@@ -9,21 +9,21 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import datasets
 from tqdm import tqdm
 
+from ..media import Conversation
 from ..records.report import DatasetError, WrongRecords
-from ..records.table import _ROWS
+from ..records.table import Records
 from ..video.probe import ClipError
-from ..video.reader import as_clip
 from ..video.threads import usable_cores
-from .encoder import RecordEncoder, source_of
+from .encoder import Encoder
 
 Result = TypeVar("Result")
+_PART = 5000  # records handed out at a time
 _FEW = 64  # records that are measured without other processes
 
 
@@ -47,31 +47,32 @@ class Stored:
     notes: tuple[str, ...] = ()
 
 
-def _measure(encoder: RecordEncoder, row: dict[str, Any]) -> Measured:
+def _measure(encoder: Encoder, conversation: Conversation) -> Measured:
     try:
-        sample = encoder.encode(row)
+        sample = encoder.encode(conversation)
     except DatasetError as error:
         return Measured(*error.lengths, problem=str(error))
-    ids = sample["input_ids"]
-    return Measured(len(ids), encoder.visual_tokens(ids), change=sample["change"])
+    return Measured(len(sample.ids), encoder.visual_tokens(sample.ids), change=sample.change)
 
 
-def _store(encoder: RecordEncoder, row: dict[str, Any]) -> Stored:
+def _store(encoder: Encoder, conversation: Conversation) -> Stored:
     try:
-        clips = [as_clip(text) for text in encoder.encode(row)["videos"] or ()]
-        decoded = [encoder.reader.store(replace(clip, planned=None)) for clip in clips]
-        notes = [f"{source_of(row)}: {clip}: {note}" for clip in clips if (note := encoder.reader.note(clip))]
+        clips = encoder.encode(conversation).clips
+        decoded = [encoder.reader.store(clip) for clip in clips]
+        notes = [
+            f"{conversation.name}: {clip.clip}: {note}" for clip in clips if (note := encoder.reader.note(clip.clip))
+        ]
         return Stored(sum(decoded), len(decoded) - sum(decoded), notes=tuple(notes))
     except ClipError as error:
-        return Stored(problem=f"{source_of(row)}: {error}")
+        return Stored(problem=f"{conversation.name}: {error}")
     except DatasetError as error:
         return Stored(problem=str(error))
 
 
-_work: Callable[[dict[str, Any]], Any] | None = None  # of a process of `_for_all`
+_work: Callable[[Conversation], Any] | None = None  # of a process of `_for_all`
 
 
-def _start_work(work: Callable[[RecordEncoder, dict[str, Any]], Any], encoder: RecordEncoder) -> None:
+def _start_work(work: Callable[[Encoder, Conversation], Any], encoder: Encoder) -> None:
     global _work
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the others
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
@@ -86,26 +87,26 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _do_work(row: dict[str, Any]) -> Any:
-    return _work(row)
+def _do_work(conversation: Conversation) -> Any:
+    return _work(conversation)
 
 
 def _for_all(
-    work: Callable[[RecordEncoder, dict[str, Any]], Result],
-    encoder: RecordEncoder,
-    dataset: datasets.Dataset,
+    work: Callable[[Encoder, Conversation], Result],
+    encoder: Encoder,
+    records: Records,
     numbers: Sequence[int],
     workers: int | None,
     title: str,
 ) -> Iterator[Result]:
     """What `work` makes of the records with those numbers, in order, by several processes, with a progress bar."""
     workers = workers or usable_cores()
-    parts = (dataset.select(numbers[at : at + _ROWS]) for at in range(0, len(numbers), _ROWS))
+    parts = (records.select(numbers[at : at + _PART]) for at in range(0, len(numbers), _PART))
     with tqdm(total=len(numbers), unit=" records", desc=title) as bar:
         if workers < 2:
             for part in parts:
-                for row in part:
-                    yield work(encoder, row)
+                for conversation in part:
+                    yield work(encoder, conversation)
                     bar.update()
             return
         context = multiprocessing.get_context("fork")
@@ -122,18 +123,16 @@ def _for_all(
             executor.shutdown(wait=False, cancel_futures=True)
 
 
-def measure_all(
-    dataset: datasets.Dataset, encoder: RecordEncoder, numbers: Sequence[int], workers: int | None
-) -> Iterator[Measured]:
+def measure_all(records: Records, encoder: Encoder, numbers: Sequence[int], workers: int | None) -> Iterator[Measured]:
     """The lengths of the records with those numbers, in order; no clip is decoded.
 
     Args:
         workers: processes; None: as many as there are cores.
     """
-    return _for_all(_measure, encoder, dataset, numbers, workers if len(numbers) > _FEW else 1, "Measuring records")
+    return _for_all(_measure, encoder, records, numbers, workers if len(numbers) > _FEW else 1, "Measuring records")
 
 
-def store_all(dataset: datasets.Dataset, encoder: RecordEncoder, workers: int | None, title: str) -> Iterator[Stored]:
+def store_all(records: Records, encoder: Encoder, workers: int | None, title: str) -> Iterator[Stored]:
     """Decode all clips of a data set into the reader's cache.
 
     Args:
@@ -141,12 +140,12 @@ def store_all(dataset: datasets.Dataset, encoder: RecordEncoder, workers: int | 
         title: of the progress bar.
     """
     encoder.reader.threads = 1
-    return _for_all(_store, encoder, dataset, range(len(dataset)), workers, title)
+    return _for_all(_store, encoder, records, range(len(records)), workers, title)
 
 
 def check_lengths(
-    dataset: datasets.Dataset,
-    encoder: RecordEncoder,
+    records: Records,
+    encoder: Encoder,
     name: str,
     workers: int | None,
     report_dir: Path,
@@ -165,8 +164,8 @@ def check_lengths(
     Raises:
         DatasetError: listing every record that does not fit, or whose clips cannot be planned.
     """
-    numbers = _long_records(dataset, encoder)
-    found = list(measure_all(dataset, encoder, numbers, workers)) if numbers else []
+    numbers = _long_records(records, encoder)
+    found = list(measure_all(records, encoder, numbers, workers)) if numbers else []
     problems = [measured.problem for measured in found if measured.problem]
     changes = [measured.change for measured in found if measured.change]
     for lines, kind in ((changes, "shrunk"), (problems, "too_long")):
@@ -178,28 +177,17 @@ def check_lengths(
         report.write_text("\n".join(lines) + "\n", encoding="utf-8")
         text = WrongRecords(len(lines), lines).text(report)
         if kind == "shrunk":
-            log(f"{name}: clips of {len(lines)} of {len(dataset)} records are made smaller to fit the cutoff:\n{text}")
+            log(f"{name}: clips of {len(lines)} of {len(records)} records are made smaller to fit the cutoff:\n{text}")
             continue
         advice = "`video_fit: shrink` makes clips of records over the cutoff smaller."
         raise DatasetError(
-            f"{name}: {len(lines)} of {len(dataset)} records cannot be shown whole:\n{text}"
+            f"{name}: {len(lines)} of {len(records)} records cannot be shown whole:\n{text}"
             + (f"\n{advice}" if any("are more than cutoff_len" in line for line in lines) else ""),
             len(lines),
         )
 
 
-def _long_records(dataset: datasets.Dataset, encoder: RecordEncoder) -> list[int]:
+def _long_records(records: Records, encoder: Encoder) -> list[int]:
     """Numbers of the records that may be too long."""
-    numbers: list[int] = []
-    names = ("_prompt", "_response", "_system", "_tools", "_images", "_videos")
-    with tqdm(total=len(dataset), unit=" records", desc="Looking for long records", mininterval=1) as bar:
-        for start in range(0, len(dataset), _ROWS):
-            part = dataset[start : start + _ROWS]
-            rows = zip(*(part[name] for name in names), strict=True)
-            numbers += [
-                number
-                for number, values in enumerate(rows, start)
-                if encoder.may_be_too_long(dict(zip(names, values, strict=True)))
-            ]
-            bar.update(len(part["_prompt"]))
-    return numbers
+    bar = tqdm(records, unit=" records", desc="Looking for long records", mininterval=1)
+    return [number for number, conversation in enumerate(bar) if encoder.may_be_too_long(conversation)]

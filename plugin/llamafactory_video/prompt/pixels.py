@@ -9,7 +9,7 @@ from PIL import Image
 
 from ..video.pictures import open_picture, picture_size
 from ..video.probe import ClipError
-from ..video.reader import ClipReader
+from ..video.reader import DecodedClip
 from ..video.sampling import Sampling, SamplingError
 from ..video.sizes import image_size, tokens_of_image
 
@@ -59,9 +59,12 @@ def read_image(image: Any, sampling: Sampling) -> Image.Image:
 
 
 def vision_inputs(
-    images: Sequence[Any], videos: Sequence[Any], processor: Any, reader: ClipReader
+    images: Sequence[Any], clips: Sequence[DecodedClip], processor: Any, sampling: Sampling
 ) -> dict[str, torch.Tensor]:
     """Patches of images and clips, as transformers' processors make them.
+
+    Args:
+        sampling: of images.
 
     Returns:
         For images `pixel_values` (patches, 3 * 2 * 16 * 16) float32 and `image_grid_thw` (images, 3); for clips
@@ -69,11 +72,10 @@ def vision_inputs(
     """
     inputs: dict[str, torch.Tensor] = {}
     if images:
-        pictures = [read_image(image, reader.sampling) for image in images]
-        resize = reader.sampling.dialect != "qwen_vl_utils"  # there, images have their size already
+        pictures = [read_image(image, sampling) for image in images]
+        resize = sampling.dialect != "qwen_vl_utils"  # there, images have their size already
         inputs.update(processor.image_processor(images=pictures, do_resize=resize, return_tensors="pt"))
-    if videos:
-        clips = [reader.show(video) for video in videos]
+    if clips:
         patches = [frames_to_patches(clip.frames, processor.video_processor) for clip in clips]
         inputs["pixel_values_videos"] = patches[0] if len(patches) == 1 else torch.cat(patches)
         inputs["video_grid_thw"] = torch.tensor([clip.plan.grid for clip in clips])

@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from ..media import FUNCTION, IMAGE_PLACEHOLDER, TOOL, USER, VIDEO_PLACEHOLDER, strip_around_placeholders
+from ..media import FUNCTION, IMAGE_PLACEHOLDER, TOOL, USER, VIDEO_PLACEHOLDER
 from ..video.sampling import FramePlan
 
 IGNORE_INDEX = -100
@@ -46,21 +46,13 @@ def place_media(text: str, plans: list[FramePlan]) -> str:
     return "".join(pieces)
 
 
-def place_messages(messages: Sequence[dict[str, str]], plans: list[FramePlan], strip: bool) -> list[dict[str, str]]:
-    """LLaMA-Factory's messages with clips and images laid out, in human and tool turns; see `place_media`.
-
-    Args:
-        strip: the text of human turns as the official trainer does.
-    """
-    placed = []
-    for message in messages:
-        text = message["content"]
-        if message["role"] == USER and strip:
-            text = strip_around_placeholders(text)
-        if message["role"] in (USER, TOOL):
-            text = place_media(text, plans)
-        placed.append({**message, "content": text})
-    return placed
+def place_messages(messages: Sequence[dict[str, str]], plans: Sequence[FramePlan]) -> list[dict[str, str]]:
+    """Messages with clips and images laid out, in human and tool turns; see `place_media`."""
+    left = list(plans)
+    return [
+        {**message, "content": place_media(message["content"], left)} if message["role"] in (USER, TOOL) else message
+        for message in messages
+    ]
 
 
 def expand_pads(

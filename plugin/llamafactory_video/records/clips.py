@@ -6,7 +6,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 from ..media import ROLES, WHOLE_SETTINGS, Clip
@@ -99,7 +99,7 @@ class ClipParser:
         if not isinstance(value, dict):
             self.wrong(field, show(value), "a path, a list of frame pictures or an object with `path` is needed")
             return None
-        known = [f.name for f in fields(Clip) if f.name != "planned"]
+        known = [f.name for f in fields(Clip)]
         value = self.utils_names(value, field)
         for key in value:
             if key not in known:
@@ -161,19 +161,24 @@ class ClipParser:
         return clip
 
 
-@functools.lru_cache(maxsize=65536)
 def decode_clip(text: str) -> Clip:
     """The clip that `Clip.encode` wrote. A person may have written it too, into chat or a record of another format.
 
     Raises:
         ValueError: saying what is wrong with its settings.
     """
+    return decode_planned_clip(text)[0]
+
+
+@functools.lru_cache(maxsize=65536)
+def decode_planned_clip(text: str) -> tuple[Clip, str]:
+    """The same, and the digest of the plan that was stored with it, or ""."""
     given, problems = read_json(text) if text.startswith("{") else (None, ["a path"])
     if problems:  # a path may begin with a brace, too
-        return Clip(path=text)
-    planned = given.pop("planned", None)
+        return Clip(path=text), ""
+    plan_digest = given.pop("planned", "")
     parser = ClipParser(RecordKeys(), find=lambda path: path, indent=None)
     clip = parser.clip(given, "clip")
     if parser.problems:
         raise ValueError("; ".join(map(str, parser.problems)))
-    return replace(clip, planned=planned)
+    return clip, plan_digest

@@ -11,8 +11,8 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,44 +22,53 @@ from tqdm import tqdm
 
 from .. import media
 from ..digest import code_digest
-from ..media import ASSISTANT, FUNCTION, Conversation
+from ..media import ASSISTANT, FUNCTION, Clip, Conversation
 from . import clips, files, json_text, parse
-from .clips import Problem, RecordKeys
+from .clips import Problem, RecordKeys, decode_clip
 from .files import MediaFinder, annotation_files, read_records
 from .json_text import read_json
 from .parse import is_text_items, parse_record
 from .report import DatasetError, RawRecord, WrongRecords, report_wrong
 
-# LLaMA-Factory's columns of an aligned dataset, so that ours can be mixed with others, and where a record came from.
-FEATURES = datasets.Features(
-    {
-        "_prompt": [{"content": datasets.Value("string"), "role": datasets.Value("string")}],
-        "_response": [{"content": datasets.Value("string"), "role": datasets.Value("string")}],
-        "_system": datasets.Value("string"),
-        "_tools": datasets.Value("string"),
-        "_images": [datasets.Value("string")],
-        "_videos": [datasets.Value("string")],
-        "_audios": [datasets.Value("string")],
-        "_source": datasets.Value("string"),
-    }
-)
 _PROGRAM = (__name__, *(module.__name__ for module in (media, clips, files, json_text, parse)))
 _ROWS = 5000  # rows written at a time
 
 
-def to_row(conversation: Conversation, source: str) -> dict[str, Any]:
-    """A conversation as a row of `FEATURES`."""
-    messages = [{"content": text, "role": role} for role, text in conversation.messages]
-    return {
-        "_prompt": messages[:-1],
-        "_response": messages[-1:],
-        "_system": conversation.system,
-        "_tools": conversation.tools,
-        "_images": conversation.images or None,
-        "_videos": [clip.encode() for clip in conversation.videos] or None,
-        "_audios": None,
-        "_source": source,
-    }
+@dataclass(frozen=True)
+class Layout:
+    """How conversations lie in the columns of a table.
+
+    Attributes:
+        features: the columns.
+        to_row, from_row: a conversation as a row of them, and back.
+        videos, images: the columns of clips, in texts that `decode_clip` reads, and of paths of pictures.
+    """
+
+    features: datasets.Features
+    to_row: Callable[[Conversation], dict[str, Any]]
+    from_row: Callable[[dict[str, Any]], Conversation]
+    videos: str
+    images: str
+
+
+class Records(Sequence[Conversation]):
+    """The conversations of a table."""
+
+    def __init__(self, table: datasets.Dataset, layout: Layout) -> None:
+        self.table, self.layout = table.with_format(None), layout
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, number: int) -> Conversation:
+        return self.layout.from_row(self.table[number])
+
+    def __iter__(self) -> Iterator[Conversation]:
+        return map(self.layout.from_row, self.table)
+
+    def select(self, numbers: Iterable[int]) -> "Records":
+        """Those with these numbers, in this order."""
+        return Records(self.table.select(numbers), self.layout)
 
 
 def _cache_key(files: list[Path], settings: tuple) -> str:
@@ -77,6 +86,7 @@ def _cache_key(files: list[Path], settings: tuple) -> str:
 def load_conversations(
     path: Path,
     media_dir: str,
+    layout: Layout,
     keys: RecordKeys = RecordKeys(),  # noqa: B008 - frozen
     indent: int | None = None,
     skip_wrong: bool = False,
@@ -92,6 +102,7 @@ def load_conversations(
     Args:
         path: a .json or .jsonl file, or a folder of them.
         media_dir: folder to which paths in records are relative.
+        layout: of the table.
         keys: names of the records' fields.
         indent: for answers that are JSON values: spaces a level, or None for one line.
         skip_wrong: leave wrong records out and say so, instead of stopping.
@@ -103,7 +114,7 @@ def load_conversations(
         progress: show a progress bar.
 
     Returns:
-        A memory-mapped dataset with the columns of `FEATURES`.
+        A memory-mapped dataset.
 
     Raises:
         DatasetError: listing every wrong record, unless `skip_wrong`.
@@ -111,12 +122,12 @@ def load_conversations(
     files = annotation_files(path)
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "llamafactory_video"
     folder.mkdir(parents=True, exist_ok=True)
-    stored = folder / f"{_cache_key(files, (os.path.abspath(media_dir), keys, indent))}.arrow"
+    stored = folder / f"{_cache_key(files, (os.path.abspath(media_dir), keys, indent, layout.features))}.arrow"
     notes = stored.with_suffix(".json")  # what was wrong when it was stored: said each time
     if not refresh and stored.is_file() and notes.is_file():
         dataset, known = datasets.Dataset.from_file(str(stored)), json.loads(notes.read_text(encoding="utf-8"))
         # A clip can vanish while its annotation stays: ask again, by folder, which takes a moment.
-        if not _missing_media(dataset, MediaFinder("")):
+        if not _missing_media(dataset, layout, MediaFinder("")):
             wrong = WrongRecords(**known["wrong"])
             report_wrong(wrong, path, known["total"], skip_wrong, name, report_dir, log)
             return dataset
@@ -126,7 +137,7 @@ def load_conversations(
     # A name of its own, even beside a process of the same number on another node.
     handle, partial = tempfile.mkstemp(dir=folder, prefix=stored.stem, suffix=".tmp")
     try:
-        with os.fdopen(handle, "wb") as file, pa.ipc.new_stream(file, FEATURES.arrow_schema) as writer:
+        with os.fdopen(handle, "wb") as file, pa.ipc.new_stream(file, layout.features.arrow_schema) as writer:
             rows: list[dict[str, Any]] = []
             for record, conversation, problems in _checked(files, MediaFinder(media_dir), keys, indent, progress):
                 total += 1
@@ -134,11 +145,11 @@ def load_conversations(
                     wrong.add(record, problems)
                 else:
                     wrong.note(record, conversation.notes)
-                    rows.append(to_row(conversation, record.place))
+                    rows.append(layout.to_row(replace(conversation, source=record.place)))
                 if len(rows) >= _ROWS:
-                    writer.write(pa.RecordBatch.from_pylist(rows, schema=FEATURES.arrow_schema))
+                    writer.write(pa.RecordBatch.from_pylist(rows, schema=layout.features.arrow_schema))
                     rows.clear()
-            writer.write(pa.RecordBatch.from_pylist(rows, schema=FEATURES.arrow_schema))
+            writer.write(pa.RecordBatch.from_pylist(rows, schema=layout.features.arrow_schema))
         report_wrong(wrong, path, total, skip_wrong, name, report_dir, log)
         notes.write_text(json.dumps({"wrong": asdict(wrong), "total": total}, ensure_ascii=False), encoding="utf-8")
         os.replace(partial, stored)
@@ -150,6 +161,7 @@ def load_conversations(
 def check_rows(
     rows: datasets.Dataset,
     media_dir: str,
+    layout: Layout,
     keys: RecordKeys,
     indent: int | None,
     skip_wrong: bool,
@@ -174,9 +186,9 @@ def check_rows(
             wrong.add(record, problems)
         else:
             wrong.note(record, conversation.notes)
-            good.append(to_row(conversation, record.place))
+            good.append(layout.to_row(replace(conversation, source=record.place)))
     report_wrong(wrong, Path(name), len(rows), skip_wrong, name, report_dir, log)
-    return datasets.Dataset.from_list(good, features=FEATURES)
+    return datasets.Dataset.from_list(good, features=layout.features)
 
 
 def _merged_objects(record: Any, keys: RecordKeys) -> str | None:
@@ -228,15 +240,11 @@ def _checked(
                     yield record, Conversation([]), [Problem("record", error, "one JSON object is needed")]
 
 
-def _missing_media(dataset: datasets.Dataset, find: MediaFinder) -> bool:
-    for column in ("_videos", "_images"):
+def _missing_media(dataset: datasets.Dataset, layout: Layout, find: MediaFinder) -> bool:
+    for column in (layout.videos, layout.images):
         for batch in dataset.data.column(column).chunks:
             for text in batch.flatten().unique().to_pylist():
-                if text.startswith("{"):
-                    clip = json.loads(text)
-                    paths = [clip["path"]] if "path" in clip else clip["frames"]
-                else:
-                    paths = [text]
-                if any(find(path) is None for path in paths):
+                clip = decode_clip(text) if column == layout.videos else Clip(text)
+                if any(find(path) is None for path in clip.frames or (clip.path,)):
                     return True
     return False

@@ -143,7 +143,7 @@ def map_settings(words: list[str], kind: str | None, target: str, clip: str | No
             seconds, rate, width, height = float(numbers[1]), float(numbers[2]), int(numbers[3]), int(numbers[4])
             info = ClipInfo(round(seconds * rate), rate, seconds, height, width)
         elif Path(clip).is_file():
-            info = probe(clip).info
+            info = probe(clip)[0].info
         else:
             raise MappingError(f"--clip {clip}: no such file, and not of the form 15s@30,1280x720")
     told = convert(text, kind, target, info)

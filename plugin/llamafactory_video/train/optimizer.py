@@ -51,12 +51,16 @@ def module_of(name: str) -> str:
     return "vision_tower" if "visual" in name else "language_model"
 
 
+def given_rates(finetuning_args: Any) -> dict[str, float]:
+    """The learning rates that a recipe gives for modules."""
+    rates = {module: getattr(finetuning_args, key, None) for module, key in RATE_KEYS.items()}
+    return {module: rate for module, rate in rates.items() if rate is not None}
+
+
 def make_optimizer(
     stock: Callable, model: torch.nn.Module, training_args: Any, finetuning_args: Any, log: Callable[[str], None]
 ) -> torch.optim.Optimizer | None:
     """The optimizer that LLaMA-Factory and transformers would make, its groups split by module.
-
-    Without one of our templates or a rate by module it is what `stock` returns.
 
     Args:
         stock: LLaMA-Factory's create_custom_optimizer; it returns None where it leaves the choice to transformers.
@@ -66,10 +70,7 @@ def make_optimizer(
         ValueError: if a module's rate is asked for and cannot be given, or if weights of a low precision would not
             move at their rate.
     """
-    rates = {m: getattr(finetuning_args, key, None) for m, key in RATE_KEYS.items()}
-    rates = {module: rate for module, rate in rates.items() if rate is not None}
-    if not rates and not finetuning_args.video_template:
-        return stock(model, training_args, finetuning_args)
+    rates = given_rates(finetuning_args)
     named = list(model.named_parameters())
     if rates:
         check_rates(rates, training_args.learning_rate)

@@ -19,7 +19,7 @@ from torchvision.transforms.v2 import functional as transforms
 from .codecs import FrameNumbers, reference_test
 from .damage import STRICT_OPTIONS, decode_past_errors
 from .orientation import orientation_of
-from .probe import Packets, VideoFile, known_packets, open_container, packets_of, video_stream
+from .probe import Packets, VideoFile, open_container, scan_packets, video_stream
 from .sampling import FramePlan
 from .threads import deadline, start
 
@@ -55,7 +55,12 @@ def resize_frame(frame: np.ndarray, plan: FramePlan) -> np.ndarray:
 
 
 def decode_frames(
-    source: str | BinaryIO, file: VideoFile, plan: FramePlan, threads: int = 1, timeout: float | None = None
+    source: str | BinaryIO,
+    file: VideoFile,
+    plan: FramePlan,
+    packets: Packets | None = None,
+    threads: int = 1,
+    timeout: float | None = None,
 ) -> np.ndarray:
     """The planned frames of a video file, (T, plan.height, plan.width, 3) uint8.
 
@@ -63,6 +68,7 @@ def decode_frames(
 
     Args:
         file: what `probe` or `count_by_decoding` found, from which the plan was made.
+        packets: the file's, if they are at hand; otherwise they are read.
         threads: that decode.
         timeout: seconds that it may take altogether.
 
@@ -96,10 +102,7 @@ def decode_frames(
             numbers = {position: number for number, position in enumerate(file.positions)}
             read(functools.partial(_by_position, numbers=numbers), 1)
         else:
-            packets = known_packets(source, file.stamp)
-            if packets is None:
-                with open_container(source, timeout, packets_only=True) as container:
-                    packets = packets_of(source, file.stamp, container, video_stream(container))
+            packets = packets or scan_packets(source, timeout)
             if packets.num_frames != file.info.num_frames:
                 raise DisagreementError("has other packets than when it was probed")
             if packets.torn:

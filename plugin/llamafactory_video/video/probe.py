@@ -7,7 +7,6 @@ before memory is taken for one.
 import functools
 import os
 import stat
-import threading
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, BinaryIO
@@ -90,20 +89,6 @@ class Packets:
         """Where in decoding order the packet of each shown frame lies, in order of presentation, (frames,) int64."""
         shown = np.flatnonzero(self.shown)
         return shown[np.argsort(self.pts[shown], kind="stable")]
-
-
-_RECENT = 8  # files whose packets are kept in hand: they are decoded right after they were probed
-_recent: dict[Any, Packets] = {}
-_recent_lock = threading.Lock()  # clips are read by several threads
-
-
-def _renew_lock() -> None:
-    global _recent_lock
-    _recent_lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):  # another thread may have held it when a process was forked
-    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def file_stamp(path: str) -> tuple[int, int]:
@@ -210,37 +195,14 @@ def _scan(container: av.container.InputContainer, stream: av.VideoStream) -> Pac
     return Packets(array, np.array(keys), np.array(shown), seconds, in_order, lost, torn)
 
 
-def known_packets(source: str | BinaryIO, stamp: tuple[int, int]) -> Packets | None:
-    """The packets of a file that was probed just before, or None."""
-    with _recent_lock:
-        return _recent.get((source, stamp)) if isinstance(source, str) else None
-
-
-def packets_of(
-    source: str | BinaryIO,
-    stamp: tuple[int, int],
-    container: av.container.InputContainer,
-    stream: av.VideoStream,
-) -> Packets:
-    """All packets of a video's stream, of which none is decoded; reads the container to its end.
-
-    A file that was probed just before is not read again.
-
-    Args:
-        stamp: `file_stamp` of the file before it was opened.
+def scan_packets(source: str | BinaryIO, timeout: float | None = None) -> Packets:
+    """All packets of a video's stream, of which none is decoded.
 
     Raises:
         ClipError: if there are none.
     """
-    packets = known_packets(source, stamp)
-    if packets is None:
-        packets = _scan(container, stream)
-        if isinstance(source, str) and file_stamp(source) == stamp:
-            with _recent_lock:
-                while len(_recent) >= _RECENT:
-                    del _recent[next(iter(_recent))]
-                _recent[source, stamp] = packets
-    return packets
+    with open_container(source, timeout, packets_only=True) as container:
+        return _scan(container, video_stream(container))
 
 
 def frame_rate(seconds: np.ndarray, header: Fraction | None, tick: float) -> tuple[float, bool]:
@@ -281,8 +243,8 @@ def describe(
     return ClipInfo(len(seconds), rate, len(seconds) / rate, height, width, times, None if header == rate else header)
 
 
-def probe(source: str | BinaryIO, timeout: float | None = None) -> VideoFile:
-    """Count a video's frames and read their times, size and orientation.
+def probe(source: str | BinaryIO, timeout: float | None = None) -> tuple[VideoFile, Packets]:
+    """Count a video's frames and read their times, size and orientation; and its packets.
 
     Raises:
         ClipError: if it is not a video that can be read.
@@ -291,7 +253,7 @@ def probe(source: str | BinaryIO, timeout: float | None = None) -> VideoFile:
     try:
         with open_container(source, timeout, packets_only=True) as container:
             stream = video_stream(container)
-            packets = packets_of(source, stamp, container, stream)
+            packets = _scan(container, stream)
             orientation = Orientation()
             if "mp4" in container.format.name:
                 orientation = track_orientation(source, stream.id)
@@ -301,6 +263,8 @@ def probe(source: str | BinaryIO, timeout: float | None = None) -> VideoFile:
             note = f"only {info.num_frames}{promised} frames can be read: {packets.lost}" if packets.lost else ""
             file = VideoFile(info, *size, orientation, note=note, stamp=stamp)
         # A file replaced meanwhile is described by nothing of this.
-        return probe(source, timeout) if isinstance(source, str) and file_stamp(source) != stamp else file
+        if isinstance(source, str) and file_stamp(source) != stamp:
+            return probe(source, timeout)
+        return file, packets
     except av.FFmpegError as error:
         raise ClipError(f"is not a video that can be read ({error.strerror})") from error

@@ -9,29 +9,45 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO, TypeVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
-import xxhash
 
 from ..media import Clip
-from ..records.clips import decode_clip
 from .cache import GIB, FrameCache, content_hash, frame_key
 from .damage import count_by_decoding
 from .decode import DisagreementError, decode_frames, resize_frame
 from .pictures import open_picture, picture_size
 from .plan import plan_frames
-from .probe import ClipError, VideoFile, file_stamp, probe
+from .probe import ClipError, Packets, VideoFile, file_stamp, probe
 from .sampling import ClipInfo, FramePlan, Sampling, SamplingError, mean_rate
 from .threads import deadline, fair_threads, start
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 _KNOWN_FILES = 8192  # files whose facts are kept in memory
-_ATTEMPTS = 4  # a clip that is replaced this often while it is read is given up
+_KNOWN_PACKETS = 8  # files whose packets are kept too: parts of a recording are read one after the other
+ATTEMPTS = 4  # a clip that is replaced this often while it is read is given up
 
 
 @dataclass(frozen=True)
-class ShownClip:
+class PlannedClip:
+    """A clip and what is shown of it, before it is decoded.
+
+    Attributes:
+        plan: which frames, when, how large.
+        file: what its file holds; None for a list of pictures.
+        packets: of the file, where they were just read.
+    """
+
+    clip: Clip
+    plan: FramePlan
+    file: VideoFile | None = None
+    packets: Packets | None = None
+
+
+@dataclass(frozen=True)
+class DecodedClip:
     """A clip as the model is shown it.
 
     Attributes:
@@ -43,26 +59,33 @@ class ShownClip:
     frames: np.ndarray
 
 
+class OutdatedPlan(Exception):
+    """A file yields other frames than were planned. What it holds was learnt: plan its clip anew.
+
+    Attributes:
+        clip: planned anew.
+    """
+
+    def __init__(self, clip: PlannedClip) -> None:
+        super().__init__(f"{clip.clip} yields other frames than were planned")
+        self.clip = clip
+
+
 def as_clip(video: Any) -> Clip:
-    """A clip from what LLaMA-Factory passes as a video.
+    """A clip.
 
     Args:
-        video: text from `Clip.encode`, a path, a file object or bytes, or a list of frame pictures.
+        video: one, a path, a file object, bytes, or a list of frame pictures.
     """
     if isinstance(video, Clip):
         return video
-    if isinstance(video, str):
-        try:
-            return decode_clip(video)
-        except ValueError as error:
-            raise ClipError(f"{video}: {error}") from error
-    if isinstance(video, os.PathLike):
+    if isinstance(video, str | os.PathLike):
         return Clip(path=os.fspath(video))
     if isinstance(video, list | tuple):
         return Clip(frames=tuple(video))
     if isinstance(video, bytes):
         video = io.BytesIO(video)
-    if not hasattr(video, "seek"):
+    if not hasattr(video, "read"):
         raise ClipError(f"a {type(video).__name__} is no video; a path, a file object or frame pictures are needed")
     return Clip(path=video)
 
@@ -88,11 +111,6 @@ def spooled(stream: Any, most: int, timeout: float | None) -> BinaryIO:
     return file
 
 
-def plan_digest(plan: FramePlan) -> str:
-    """A few letters that tell a plan from others."""
-    return xxhash.xxh3_64_hexdigest(repr(plan).encode())
-
-
 @contextlib.contextmanager
 def _naming(clip: Clip) -> Iterator[None]:
     """Errors name the clip."""
@@ -107,7 +125,7 @@ class ClipReader:
 
     Args:
         sampling: the recipe's; a clip's own settings override it.
-        cache: of decoded frames; None: each clip is decoded whenever it is shown.
+        cache: of decoded frames; None: each clip is decoded whenever it is read.
         timeout: seconds that reading one clip may take; None: any time.
         remote: bytes that a clip may have which comes as a stream.
         threads: for the decoder; None: a fair share of the machine's cores, at most 4.
@@ -124,68 +142,83 @@ class ClipReader:
         self.sampling, self.cache, self.timeout, self.threads = sampling, cache, timeout, threads
         self.remote = remote
         self._files: dict[str, VideoFile] = {}
+        self._packets: dict[tuple[str, tuple[int, int]], Packets] = {}
+        self._uploads: WeakKeyDictionary[Any, DecodedClip] = WeakKeyDictionary()
 
     def __reduce__(self) -> tuple:
         return ClipReader, (self.sampling, self.cache, self.timeout, self.threads, self.remote)
 
-    def plan(self, video: Any) -> FramePlan:
+    def plan(self, video: Any) -> PlannedClip:
         """What is shown of a clip, without decoding it.
 
-        Raises:
-            ClipError: naming the clip, if it cannot be read or shown.
-        """
-        if isinstance(video, ShownClip):
-            return video.plan
-        clip = self._clip(video)
-        with _naming(clip):
-            return self._plan(clip, self._file(clip))
-
-    def show(self, video: Any) -> ShownClip:
-        """A clip's plan and its frames, which agree: a clip that yields other frames than planned is planned anew.
+        Args:
+            video: see `as_clip`.
 
         Raises:
             ClipError: naming the clip, if it cannot be read or shown.
         """
-        if isinstance(video, ShownClip):
-            return video
-        clip = self._clip(video)
+        clip = self._seekable(as_clip(video))
         with _naming(clip):
-            file = self._file(clip)
-            for _ in range(_ATTEMPTS):
-                plan = self._plan(clip, file)
-                if clip.planned and clip.planned != plan_digest(plan):
-                    raise ClipError(
-                        "is shown otherwise than its prompt tells, which was made before the file was replaced or found "
-                        "damaged; `overwrite_cache: true` makes prompts anew"
-                    )
-                try:
-                    return ShownClip(plan, self._frames(clip, file, plan))
-                except DisagreementError as error:
-                    assert file is not None  # pictures have nothing to disagree with
-                    if isinstance(clip.path, str) and file_stamp(clip.path) != file.stamp:
-                        file = self._file(clip)
-                    elif file.positions:
-                        raise ClipError(f"decodes differently each time ({error}); is it damaged?") from error
-                    else:
-                        file = self._count(clip, file)
-            raise ClipError("changes while it is read")
+            return self._plan(clip, *self._file(clip))
 
-    def store(self, video: Any) -> bool:
+    def decode(self, planned: PlannedClip) -> DecodedClip:
+        """The frames of a plan.
+
+        Raises:
+            OutdatedPlan: if the file yields others, so that the prompt has to be built anew.
+            ClipError: naming the clip, if it cannot be decoded.
+        """
+        clip, file = planned.clip, planned.file
+        with _naming(clip):
+            try:
+                return DecodedClip(planned.plan, self._frames(planned))
+            except DisagreementError as error:
+                assert file is not None  # pictures have nothing to disagree with
+                if isinstance(clip.path, str) and file_stamp(clip.path) != file.stamp:
+                    anew = self._file(clip)
+                elif file.positions:
+                    raise ClipError(f"decodes differently each time ({error}); is it damaged?") from error
+                else:
+                    anew = self._count(clip, file), None
+                raise OutdatedPlan(self._plan(clip, *anew)) from error
+
+    def read(self, video: Any) -> DecodedClip:
+        """A clip's plan and its frames, which agree.
+
+        An upload is decoded once, however often it is asked for.
+
+        Raises:
+            ClipError: naming the clip, if it cannot be read or shown.
+        """
+        is_upload = hasattr(video, "read")
+        if is_upload and video in self._uploads:
+            return self._uploads[video]
+        planned = self.plan(video)
+        for _ in range(ATTEMPTS):
+            try:
+                decoded = self.decode(planned)
+            except OutdatedPlan as outdated:
+                planned = outdated.clip
+                continue
+            if is_upload:
+                self._uploads[video] = decoded
+            return decoded
+        raise ClipError(f"{planned.clip}: changes while it is read")
+
+    def store(self, planned: PlannedClip) -> bool:
         """Have a clip's frames in the cache.
 
         Returns:
             Whether they had to be decoded.
 
         Raises:
-            ClipError: naming the clip, if it cannot be read or shown.
+            ClipError: naming the clip, if it cannot be decoded.
         """
-        clip = as_clip(video)
-        with _naming(clip):
-            file = self._file(clip)
-            key = self._key(clip, file, self._plan(clip, file))
+        with _naming(planned.clip):
+            key = self._key(planned)
         if key is not None and self.cache.holds(key):
             return False
-        self.show(clip)
+        self.read(planned.clip)
         return True
 
     def note(self, clip: Clip) -> str:
@@ -193,39 +226,44 @@ class ClipReader:
         known = self._files.get(clip.path) if isinstance(clip.path, str) else None
         return "" if known is None else known.note
 
-    def _clip(self, video: Any) -> Clip:
-        if hasattr(video, "read") and not (hasattr(video, "seekable") and video.seekable()):
-            video = self._limited(lambda: spooled(video, self.remote, self.timeout), "the remote clip hangs")
-        return as_clip(video)
+    def _seekable(self, clip: Clip) -> Clip:
+        stream = clip.path
+        if not hasattr(stream, "read") or (hasattr(stream, "seekable") and stream.seekable()):
+            return clip
+        file = self._limited(lambda: spooled(stream, self.remote, self.timeout), "the remote clip hangs")
+        return replace(clip, path=file)
 
-    def _plan(self, clip: Clip, file: VideoFile | None) -> FramePlan:
+    def _plan(self, clip: Clip, file: VideoFile | None, packets: Packets | None) -> PlannedClip:
         sampling = self.sampling.override(**clip.settings)
         info = _pictures_info(clip, sampling.fps) if file is None else file.info
         if file is not None and file.note and info.num_frames < sampling.min_frames:
             raise ClipError(f"{file.note}, fewer than video_min_frames, {sampling.min_frames}; replace it")
-        return plan_frames(info, sampling, clip.start, clip.end)
+        return PlannedClip(clip, plan_frames(info, sampling, clip.start, clip.end), file, packets)
 
-    def _file(self, clip: Clip) -> VideoFile | None:
-        """The facts of a clip's file, from memory, from the cache or from its packets."""
+    def _file(self, clip: Clip) -> tuple[VideoFile | None, Packets | None]:
+        """The facts of a clip's file, from memory, from the cache or from its packets; and these where they are known."""
         if clip.frames:
-            return None
+            return None, None
         path = clip.path
         if not isinstance(path, str):
             return self._limited(lambda: probe(path, self.timeout))  # an upload has no name to remember it by
         stamp = file_stamp(path)
         known = self._files.get(path)
         if known is not None and known.stamp == stamp:
-            return known
-        file = None if self.cache is None else self.cache.read_file(path, stamp)
+            return known, self._packets.get((path, stamp))
+        file, packets = None if self.cache is None else self.cache.read_file(path, stamp), None
         stored = file is not None
         if file is None:
-            file = self._limited(lambda: probe(path, self.timeout))
+            file, packets = self._limited(lambda: probe(path, self.timeout))
+            while len(self._packets) >= _KNOWN_PACKETS:
+                self._packets.pop(next(iter(self._packets)), None)
+            self._packets[path, file.stamp] = packets
         if known is not None:
             logger.warning("%s has been replaced since it was last read; it is read anew.", path)
         if file.note:
             logger.warning("%s: %s.", path, file.note)
         self._keep(path, file, stored)
-        return file
+        return file, packets
 
     def _keep(self, path: str, file: VideoFile, stored: bool = False) -> None:
         """Remember a file's facts, on disk too if they are not stored there."""
@@ -244,8 +282,9 @@ class ClipReader:
             self._keep(clip.path, counted)
         return counted
 
-    def _key(self, clip: Clip, file: VideoFile | None, plan: FramePlan) -> str | None:
+    def _key(self, planned: PlannedClip) -> str | None:
         """The key of the plan's frames in the cache; None for uploads, and if there is no cache."""
+        clip, file, plan = planned.clip, planned.file, planned.plan
         if self.cache is None:
             return None
         if file is None:
@@ -260,20 +299,23 @@ class ClipReader:
             self._keep(clip.path, file)
         return frame_key([file.content], file, plan)
 
-    def _frames(self, clip: Clip, file: VideoFile | None, plan: FramePlan) -> np.ndarray:
+    def _frames(self, planned: PlannedClip) -> np.ndarray:
+        clip, file, plan = planned.clip, planned.file, planned.plan
         shape = (len(plan.indices), plan.height, plan.width, 3)
-        key = self._key(clip, file, plan)
+        key = self._key(planned)
         frames = None if key is None else self.cache.read(key, shape)
         if frames is not None:
             return frames
         if file is None:
             pictures = [np.asarray(open_picture(clip.frames[i])) for i in plan.indices]
             frames = np.stack([resize_frame(picture, plan) for picture in pictures])
-            if key is not None and key != self._key(clip, file, plan):
+            if key is not None and key != self._key(planned):
                 raise ClipError("its pictures are replaced while they are read")
         else:
             threads = fair_threads() if self.threads is None else self.threads
-            frames = self._limited(lambda: decode_frames(clip.path, file, plan, threads, self.timeout))
+            frames = self._limited(
+                lambda: decode_frames(clip.path, file, plan, planned.packets, threads, self.timeout)
+            )
             if isinstance(clip.path, str) and file_stamp(clip.path) != file.stamp:
                 raise DisagreementError("was replaced while it was read")
         if key is not None:

@@ -9,6 +9,8 @@ import operator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import xxhash
+
 DIALECTS = ("llamafactory", "qwen_finetune", "qwen_vl_utils")
 _UTILS_ONLY = ("total_pixels", "nframes", "resized_height", "resized_width")
 
@@ -153,6 +155,11 @@ class FramePlan:
     def tokens_per_timestamp(self) -> int:
         """Visual tokens behind each time that the prompt names."""
         return self.grid[1] * self.grid[2] // self.merge_size**2
+
+    @property
+    def digest(self) -> str:
+        """A few letters that tell it from other plans."""
+        return xxhash.xxh3_64_hexdigest(repr(self).encode())
 
     @property
     def num_tokens(self) -> int:

@@ -1,0 +1,64 @@
+"""LLaMA-Factory's columns of an aligned data set, so that ours can be mixed with others; and where a record came from."""
+
+from typing import Any
+
+import datasets
+
+from ..media import USER, Conversation, strip_around_placeholders
+from ..records.clips import decode_clip
+from ..records.report import DatasetError
+from ..records.table import Layout
+
+FEATURES = datasets.Features(
+    {
+        "_prompt": [{"content": datasets.Value("string"), "role": datasets.Value("string")}],
+        "_response": [{"content": datasets.Value("string"), "role": datasets.Value("string")}],
+        "_system": datasets.Value("string"),
+        "_tools": datasets.Value("string"),
+        "_images": [datasets.Value("string")],
+        "_videos": [datasets.Value("string")],
+        "_audios": [datasets.Value("string")],
+        "_source": datasets.Value("string"),
+    }
+)
+
+
+def to_row(conversation: Conversation) -> dict[str, Any]:
+    """A conversation as a row of `FEATURES`."""
+    messages = [{"content": text, "role": role} for role, text in conversation.messages]
+    return {
+        "_prompt": messages[:-1],
+        "_response": messages[-1:],
+        "_system": conversation.system,
+        "_tools": conversation.tools,
+        "_images": conversation.images or None,
+        "_videos": [clip.encode() for clip in conversation.videos] or None,
+        "_audios": None,
+        "_source": conversation.source,
+    }
+
+
+def from_row(row: dict[str, Any]) -> Conversation:
+    """The conversation of a row, ours or of another format.
+
+    Other formats keep the newline after <video>; it is stripped, for the model is trained as it will be asked.
+
+    Raises:
+        DatasetError: if a clip's settings, which a person may have written, are wrong.
+    """
+    source = row.get("_source") or ""
+    messages = [(message["role"], message["content"]) for message in (*row["_prompt"], *row["_response"])]
+    if not source:
+        messages = [(role, strip_around_placeholders(text) if role == USER else text) for role, text in messages]
+    clips = []
+    for video in row["_videos"] or ():
+        try:
+            clips.append(decode_clip(video) if isinstance(video, str) else video)
+        except ValueError as error:
+            raise DatasetError(f"{source or 'a record'}: {video}: {error}") from error
+    return Conversation(
+        messages, list(row["_images"] or ()), clips, row["_system"] or "", row["_tools"] or "", source=source
+    )
+
+
+LAYOUT = Layout(FEATURES, to_row, from_row, videos="_videos", images="_images")
