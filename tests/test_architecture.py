@@ -74,3 +74,8 @@ def test_there_are_no_circles():
     }
     order = list(TopologicalSorter(graph).static_order())  # raises CycleError, naming a circle
     assert set(graph) <= set(order)
+
+
+@pytest.mark.parametrize("file", FILES, ids=name)
+def test_files_are_short(file):
+    assert len(file.read_text(encoding="utf-8").splitlines()) <= 400

@@ -121,11 +121,12 @@ def _is_file(text: str) -> bool:
         return False
 
 
-def map_settings(words: list[str], kind: str | None, target: str, clip: str | None, as_json: bool) -> None:
-    """Print what other tools' settings are called here, or ours there; see convert.py."""
+def map_settings(words: list[str], kind: str | None, clip: str | None, as_json: bool) -> None:
+    """Print what other tools' settings are called here; see convert.py."""
     from ..video.probe import probe
     from ..video.sampling import ClipInfo
-    from .convert import EXAMPLE, MappingError, convert, remarks, result_text
+    from .command_line import MappingError
+    from .convert import EXAMPLE, convert, remarks, result_text
 
     info, text = EXAMPLE, words[0] if len(words) == 1 else shlex.join(words)
     if text == "-":
@@ -146,7 +147,7 @@ def map_settings(words: list[str], kind: str | None, target: str, clip: str | No
             info = probe(clip)[0].info
         else:
             raise MappingError(f"--clip {clip}: no such file, and not of the form 15s@30,1280x720")
-    told = convert(text, kind, target, info)
+    told = convert(text, kind, info)
     if clip is not None and Path(clip).is_file():
         counted = f"{info.num_frames} frames, counted from its packets; other tools believe the file's header"
         told["notes"].append(("--clip", counted))
@@ -154,9 +155,8 @@ def map_settings(words: list[str], kind: str | None, target: str, clip: str | No
         print(json.dumps(told, ensure_ascii=False, indent=2))
         return
     print(result_text(told))
-    # Comments in YAML and in a shell script; JSON has none.
     for line in remarks(told, info):
-        print(f"# {line}", file=sys.stderr if target == "message" else sys.stdout)
+        print(f"# {line}")
 
 
 def main() -> None:
@@ -172,14 +172,13 @@ def main() -> None:
     checking.add_argument("overrides", nargs="*", help="key=value, as for llamafactory-cli")
     mapping = commands.add_parser(
         "map",
-        help="settings of the official trainer, qwen-vl-utils or ms-swift as lines of a recipe, and back",
+        help="settings of the official trainer, qwen-vl-utils or ms-swift as lines of a recipe",
         description="Reads the official trainer's command, a qwen-vl-utils message, ms-swift's environment variables or "
         "a LLaMA-Factory YAML, and prints what means the same, what it makes of an example clip, and what has no "
         "counterpart or means something else than its name suggests.",
     )
     mapping.add_argument("input", nargs="+", help="a file, - for standard input, or flags and variables after --")
     mapping.add_argument("--from", dest="kind", choices=("command", "message", "environment", "recipe"))
-    mapping.add_argument("--to", dest="target", choices=("recipe", "command", "message"), default="recipe")
     mapping.add_argument(
         "--clip", help="the example: a video file, or such as 15s@30,1280x720 (default 15s@60,1280x720)"
     )
@@ -198,7 +197,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.command == "map":
         try:
-            return map_settings(options.input, options.kind, options.target, options.clip, options.json)
+            return map_settings(options.input, options.kind, options.clip, options.json)
         except (ValueError, OSError) as error:
             sys.exit(f"lmf-video: {error}")
     os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")

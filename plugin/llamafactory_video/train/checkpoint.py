@@ -1,9 +1,15 @@
-"""Which checkpoints of an output folder are whole, and room for the next."""
+"""Checkpoints that are whole or not there, and room for the next."""
 
+import contextlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
+from transformers import Trainer
+from transformers.trainer_utils import rotate_checkpoints
 
 UNFINISHED = "unfinished"  # folder of the output folder where a checkpoint is while it is written
 _OPTIMIZER = ("optimizer", "global_step")  # how names begin that hold its state
@@ -105,3 +111,76 @@ def explain(error: Exception, checkpoint: Path) -> CheckpointError:
         f"{checkpoint} could not be written, {free:.2f} GiB are free on its disk: {error}\n{advice} Make room, or give "
         "another output_dir; save_total_limit and save_only_model make checkpoints take less."
     )
+
+
+class WholeCheckpoints(Trainer):
+    """transformers' Trainer, whose checkpoints get their name when all of them is written, on all processes.
+
+    Args:
+        processor: saved with each checkpoint.
+        log: takes a line for the person who runs this.
+    """
+
+    def __init__(self, *args: Any, log: Callable[[str], None] = print, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._saved_processor, self._tell, self._saving = kwargs.get("processor"), log, False
+
+    def remove_checkpoints(self) -> None:
+        """Of a run that this one overwrites: once killed, it would go on from them."""
+        if self.is_local_process_zero():
+            old = [path for path in Path(self.args.output_dir).glob("checkpoint-*") if path.name[11:].isdecimal()]
+            for path in old:
+                shutil.rmtree(path)
+            if old:
+                self._tell(f"overwrite_output_dir: removed {', '.join(sorted(map(str, old)))}")
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder, UNFINISHED)) if self._saving else folder
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._saving:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any = None) -> None:
+        """Write the checkpoint aside and give it its name when all of it is there, on all processes.
+
+        Raises:
+            CheckpointError: if it cannot be written; those before it stay.
+        """
+        run_dir = Path(self._get_output_dir(trial))
+        final = run_dir / f"checkpoint-{self.state.global_step}"
+        staged = run_dir / UNFINISHED / final.name
+        if self.is_local_process_zero():  # on several nodes, each may have a disk of its own
+            for left_over in (staged.parent, final):
+                shutil.rmtree(left_over, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._saving = True
+        try:
+            if self.args.should_save:
+                check_room(run_dir, self.args.save_only_model)
+            super()._save_checkpoint(model, trial)
+            best = run_dir / f"checkpoint-{self.state.best_global_step}"
+            if best == final or best.is_dir():
+                self.state.best_model_checkpoint = str(best)  # on all processes: all load it at the end
+            if self.args.should_save:
+                if self._saved_processor is not None:
+                    self._saved_processor.save_pretrained(staged)
+                self.state.save_to_json(str(staged / "trainer_state.json"))
+        except Exception as error:
+            shutil.rmtree(staged.parent, ignore_errors=True)
+            raise explain(error, final) from error
+        finally:
+            self._saving = False
+        self.accelerator.wait_for_everyone()
+        if self.is_local_process_zero():
+            with contextlib.suppress(FileNotFoundError):  # on a shared disk, another node was first
+                staged.rename(final)
+                staged.parent.rmdir()
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+        if self.args.should_save:
+            rotate_checkpoints(
+                str(run_dir), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
+            )

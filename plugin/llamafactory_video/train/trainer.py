@@ -3,10 +3,8 @@
 What LLaMA-Factory's trainer adds comes between this class and transformers' own (host/train.py).
 """
 
-import contextlib
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +12,10 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import rotate_checkpoints
+from transformers import TrainerCallback
 
 from .audit import GradientAudit, GradientError, describe_faults
-from .checkpoint import UNFINISHED, CheckpointError, check_room, explain, last_whole_checkpoint
+from .checkpoint import CheckpointError, WholeCheckpoints, last_whole_checkpoint
 from .model_card import add_to_model_card
 from .optimizer import GroupRow, group_rows, group_table
 from .run_record import finished, read_run_record, write_run_record
@@ -39,7 +36,7 @@ torch.serialization.register_package(
 )
 
 
-class VideoTrainer(Trainer):
+class VideoTrainer(WholeCheckpoints):
     """Trainer of Qwen3-VL on batches of our collator.
 
     Args:
@@ -61,18 +58,16 @@ class VideoTrainer(Trainer):
         log: Callable[[str], None] = print,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, log=log, **kwargs)
         self.args.logging_nan_inf_filter = False  # it would show a loss that is not finite as 0; see `log`
         if loss_normalization == "tokens" and self.compute_loss_func is None:
             self.compute_loss_func = self.token_loss
-        self._saved_processor = kwargs.get("processor")
-        self._gradient_check, self._describe, self._tell = gradient_check, describe, log
+        self._gradient_check, self._describe = gradient_check, describe
         self._audit: GradientAudit | None = None
         self._throughput: Throughput | None = None
         self._rates: dict[str, float] = {}
         self._grad_norm: Any = 0.0
         self._evaluated: list[torch.Tensor] = []
-        self._saving = False
         self._resumed_at = 0
         self._rows: list[GroupRow] = []
         for module in self.model.modules():
@@ -326,75 +321,16 @@ class VideoTrainer(Trainer):
             write_run_record(folder, record)
             add_to_model_card(folder / "README.md", record)
 
-    # --- Checkpoints ---
-
-    def remove_checkpoints(self) -> None:
-        """Of a run that this one overwrites: once killed, it would go on from them."""
-        if self.is_local_process_zero():
-            old = [path for path in Path(self.args.output_dir).glob("checkpoint-*") if path.name[11:].isdecimal()]
-            for path in old:
-                shutil.rmtree(path)
-            if old:
-                self._tell(f"overwrite_output_dir: removed {', '.join(sorted(map(str, old)))}")
-
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The card that is pushed to a hub has the record of the run too."""
         super().create_model_card(*args, **kwargs)
         self.finish_record()
 
-    def _get_output_dir(self, trial: Any) -> str:
-        folder = super()._get_output_dir(trial)
-        return str(Path(folder, UNFINISHED)) if self._saving else folder
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self._saving:
-            super()._push_from_checkpoint(checkpoint_folder)
-
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any = None) -> None:
-        """Write the checkpoint aside and give it its name when all of it is there, on all processes.
-
-        Raises:
-            CheckpointError: if it cannot be written; those before it stay.
-        """
         if self._resumed_at == self.state.global_step:
             return  # the checkpoint that a finished run went on from
         self._check_unlogged()
-        run_dir = Path(self._get_output_dir(trial))
-        final = run_dir / f"checkpoint-{self.state.global_step}"
-        staged = run_dir / UNFINISHED / final.name
-        if self.is_local_process_zero():  # on several nodes, each may have a disk of its own
-            for left_over in (staged.parent, final):
-                shutil.rmtree(left_over, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self._saving = True
-        try:
-            if self.args.should_save:
-                check_room(run_dir, self.args.save_only_model)
-            super()._save_checkpoint(model, trial)
-            best = run_dir / f"checkpoint-{self.state.best_global_step}"
-            if best == final or best.is_dir():
-                self.state.best_model_checkpoint = str(best)  # on all processes: all load it at the end
-            if self.args.should_save:
-                if self._saved_processor is not None:
-                    self._saved_processor.save_pretrained(staged)
-                self.state.save_to_json(str(staged / "trainer_state.json"))
-        except Exception as error:
-            shutil.rmtree(staged.parent, ignore_errors=True)
-            raise explain(error, final) from error
-        finally:
-            self._saving = False
-        self.accelerator.wait_for_everyone()
-        if self.is_local_process_zero():
-            with contextlib.suppress(FileNotFoundError):  # on a shared disk, another node was first
-                staged.rename(final)
-                staged.parent.rmdir()
-        self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(final))
-        if self.args.should_save:
-            rotate_checkpoints(
-                str(run_dir), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
-            )
+        super()._save_checkpoint(model, trial)
 
 
 class _StepWatch(TrainerCallback):

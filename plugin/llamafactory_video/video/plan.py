@@ -9,8 +9,6 @@ import bisect
 import math
 from dataclasses import replace
 
-import torch
-
 from .sampling import ClipInfo, FramePlan, Sampling, SamplingError, mean_rate
 from .sizes import frame_size
 
@@ -72,6 +70,8 @@ def count_frames(n: int, fps: float, duration: float, sampling: Sampling) -> int
 def sample_positions(n: int, count: int, sampling: Sampling, first: int = 0) -> list[int]:
     """`count` evenly spread frame numbers from `first` to `first + n - 1`, as the dialect rounds them."""
     if sampling.dialect == "qwen_vl_utils":
+        import torch  # here: it takes seconds, and the rounding of its float32 has no other source
+
         return torch.linspace(first, first + n - 1, count).round().long().tolist()
     # Spread from 0, as over a file that was cut out: halves round to the even number. This is numpy.linspace to the
     # bit, without the time that it takes over short lists.
