@@ -13,11 +13,12 @@ ROOT = Path(llamafactory_video.__file__).parent
 ROOMS = {
     "media": set(),
     "digest": set(),
+    "families": set(),
     "records": {"media", "digest"},
     "video": {"media", "digest"},
-    "prompt": {"media", "records", "video"},
-    "train": {"media", "records"},
-    "host": {"media", "records", "video", "prompt", "train", ""},
+    "prompt": {"media", "families", "records", "video"},
+    "train": {"media", "families", "records"},
+    "host": {"media", "families", "records", "video", "prompt", "train", ""},
     "tools": {"media", "records", "video", "prompt", "host"},
     "demo": set(),
     "": {"host"},
@@ -26,6 +27,7 @@ ROOMS = {
 FOREIGN = {
     "media": {"torch", "transformers", "llamafactory", "datasets", "av"},
     "digest": {"torch", "transformers", "llamafactory", "datasets", "av"},
+    "families": {"torch", "transformers", "llamafactory", "datasets", "av"},
     "records": {"torch", "transformers", "llamafactory", "av"},
     "video": {"transformers", "llamafactory", "datasets"},
     "prompt": {"transformers", "llamafactory"},

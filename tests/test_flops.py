@@ -189,7 +189,7 @@ def test_the_output_head_counts_where_it_is_computed(config):
 
 
 def test_other_models_are_refused():
-    with pytest.raises(ValueError, match="known for qwen3_vl; found qwen3"):
+    with pytest.raises(ValueError, match="model_type qwen3 is not supported; known are qwen3_vl"):
         training_flops(Qwen3Config(), [8], [], {})
 
 

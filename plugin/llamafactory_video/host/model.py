@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import Qwen3VLProcessor
 
+from ..families import FAMILIES, family_of
 from ..video.contract import difference
 from .core import is_ours, replace_everywhere
 from .processor import (
@@ -59,15 +60,19 @@ def extend_model_loader(loader: ModuleType) -> None:
             return stock(tokenizer, model_args, finetuning_args, *args, **kwargs)
         from llamafactory.model.model_utils.visual import COMPOSITE_MODELS
 
-        models = [COMPOSITE_MODELS[name] for name in ("qwen3_vl", "qwen3_vl_moe")]
-        before = [(model.projector_keys, model.vision_model_keys) for model in models]
-        for model in models:
-            model.projector_keys = ["visual.merger", "visual.deepstack_merger_list"]
-            model.vision_model_keys = ["visual.pos_embed", "visual.patch_embed", "visual.blocks"]
+        models = [(COMPOSITE_MODELS[family.model_type], family) for family in FAMILIES.values()]
+        before = [(stated.projector_keys, stated.vision_model_keys) for stated, _ in models]
+        for stated, family in models:
+            stated.projector_keys, stated.vision_model_keys = list(family.projector), list(family.vision)
         try:
-            return stock(tokenizer, model_args, finetuning_args, *args, **kwargs)
+            model = stock(tokenizer, model_args, finetuning_args, *args, **kwargs)
         finally:
-            for model, keys in zip(models, before, strict=True):
-                model.projector_keys, model.vision_model_keys = keys
+            for (stated, _), keys in zip(models, before, strict=True):
+                stated.projector_keys, stated.vision_model_keys = keys
+        if model_args.block_diag_attn and not family_of(model.config).packs:
+            raise ValueError(
+                f"neat_packing does not work with {model.config.model_type}, whose samples would see each other"
+            )
+        return model
 
     replace_everywhere(loader, "load_model", load_model)

@@ -7,6 +7,7 @@ from typing import Any
 
 from jinja2 import TemplateError as JinjaError
 
+from ..families import QWEN3_VL
 from ..media import Clip, Conversation
 from ..records.report import DatasetError
 from ..video.fit import SHRINK_STAGES, most_tokens, shrink
@@ -14,7 +15,7 @@ from ..video.probe import ClipError
 from ..video.reader import ATTEMPTS, ClipReader, DecodedClip, OutdatedPlan, PlannedClip, as_clip
 from ..video.sampling import FramePlan, Sampling, SamplingError
 from .pixels import count_image_tokens
-from .tokens import IGNORE_INDEX, IMAGE_PAD, VIDEO_PAD, TemplateError, encode_text, expand_pads, place_messages, render
+from .tokens import IGNORE_INDEX, TemplateError, encode_text, expand_pads, place_messages, render
 
 _SHRINK_STEPS = 64  # sizes of a clip that are told apart when it is made smaller
 _TURN_TOKENS = 16  # more than the layout around a turn takes
@@ -224,7 +225,7 @@ class Encoder:
     def describe(self, sample: Sample) -> str:
         """A sample as a person reads it, with its runs of visual tokens counted."""
         text = self.tokenizer.decode(sample.ids, skip_special_tokens=False)
-        for pad in (IMAGE_PAD, VIDEO_PAD):
+        for pad in (QWEN3_VL.image_pad, QWEN3_VL.video_pad):
             text = re.sub(f"({re.escape(pad)})+", lambda run, pad=pad: f"{pad}*{len(run[0]) // len(pad)}", text)
         said = [label for label in sample.labels if label != IGNORE_INDEX]
         answer = self.tokenizer.decode(said, skip_special_tokens=False)

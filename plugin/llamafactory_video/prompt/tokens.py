@@ -14,14 +14,11 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from ..families import QWEN3_VL
 from ..media import FUNCTION, IMAGE_PLACEHOLDER, TOOL, USER, VIDEO_PLACEHOLDER
 from ..video.sampling import FramePlan
 
 IGNORE_INDEX = -100
-VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
-IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
-ANSWER_START = "<|im_start|>assistant\n"
-THINKING_START = ANSWER_START + "<think>\n"
 
 
 class TemplateError(ValueError):
@@ -37,12 +34,15 @@ def place_media(text: str, plans: list[FramePlan]) -> str:
     pieces = re.split(f"({IMAGE_PLACEHOLDER}|{VIDEO_PLACEHOLDER})", text)
     for i, piece in enumerate(pieces):
         if piece == IMAGE_PLACEHOLDER:
-            pieces[i] = f"{VISION_START}{IMAGE_PAD}{VISION_END}"
+            pieces[i] = f"{QWEN3_VL.vision_start}{QWEN3_VL.image_pad}{QWEN3_VL.vision_end}"
         elif piece == VIDEO_PLACEHOLDER:
             if not plans:
                 raise TemplateError("there are more <video> placeholders than clips")
             times = plans.pop(0).timestamps
-            pieces[i] = "".join(f"<{time:.1f} seconds>{VISION_START}{VIDEO_PAD}{VISION_END}" for time in times)
+            pieces[i] = "".join(
+                f"<{time:.1f} seconds>{QWEN3_VL.vision_start}{QWEN3_VL.video_pad}{QWEN3_VL.vision_end}"
+                for time in times
+            )
     return "".join(pieces)
 
 
@@ -78,7 +78,10 @@ def expand_pads(
     """
     per_time = [plan.tokens_per_timestamp for plan in plans for _ in range(plan.grid[0])]
     repeats = {image_pad_id: iter(image_tokens), video_pad_id: iter(per_time)}
-    for name, pad_id, counts in ((IMAGE_PAD, image_pad_id, image_tokens), (VIDEO_PAD, video_pad_id, per_time)):
+    for name, pad_id, counts in (
+        (QWEN3_VL.image_pad, image_pad_id, image_tokens),
+        (QWEN3_VL.video_pad, video_pad_id, per_time),
+    ):
         found = ids.count(pad_id)
         if found != len(counts):
             raise TemplateError(f"the prompt holds {found} {name} where {len(counts)} belong; remove it from texts")
@@ -151,7 +154,7 @@ def check_chat_template(tokenizer: Any, thinking: bool) -> None:
     asked = tokenizer.apply_chat_template(
         [{"role": "user", "content": "?"}], tokenize=False, add_generation_prompt=True
     )
-    if not asked.endswith(THINKING_START if thinking else ANSWER_START):
+    if not asked.endswith(QWEN3_VL.thinking_start if thinking else QWEN3_VL.answer_start):
         right = "qwen3_vl_video" if thinking else "qwen3_vl_video_thinking"
         raise TemplateError(f"this model's chat template asks with {asked[-40:]!r}; is `template: {right}` meant?")
 
@@ -169,7 +172,7 @@ def encode_text(tokenizer: Any, text: str, thinking: bool) -> tuple[list[int], l
     Returns:
         ids and labels, (n,) each.
     """
-    start = f"{re.escape(ANSWER_START)}(?:<think>\n)?" if thinking else re.escape(ANSWER_START)
+    start = f"{re.escape(QWEN3_VL.answer_start)}(?:<think>\n)?" if thinking else re.escape(QWEN3_VL.answer_start)
     spans = [match.span(1) for match in re.finditer(f"{start}(.*?<\\|im_end\\|>\n)", text, re.DOTALL)]
     cuts = [0, *(begin for begin, _ in spans if thinking), len(text)]
     backend = tokenizer.backend_tokenizer  # the wrapper around it takes a third of the time

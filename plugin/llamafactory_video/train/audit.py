@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from .optimizer import module_of
+from ..families import module_of
 
 MISSING, ZERO = -1.0, 0.0
 # What FSDP, activation checkpointing and compilation put into names once the audit has begun.

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from .optimizer import module_of
+from ..families import family_of, module_of
 
 # Of one LoRA adapter in peft; its other parameters ("lora_embedding_A", DoRA's magnitude) begin alike.
 _LORA_MARK = "lora_"
 
 
 def trained_modules(named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[str, str]:
-    """Which of `optimizer.MODULES` are trained: "lora" where only adapters are, else "full"; frozen ones are left out."""
+    """Which of `families.MODULES` are trained: "lora" where only adapters are, else "full"; frozen ones are left out."""
     trains: dict[str, str] = {}
     for name, parameter in named_parameters:
         if parameter.requires_grad:
@@ -51,10 +51,10 @@ def training_flops(
             computes them.
 
     Raises:
-        ValueError: if the config is of another model.
+        ValueError: if the arithmetic of the model is not known.
     """
-    if config.model_type != "qwen3_vl":
-        raise ValueError(f"FLOPs are known for qwen3_vl; found {config.model_type}")
+    if not family_of(config).counts_flops:
+        raise ValueError(f"FLOPs of {config.model_type} are not known")
     vision, text = config.vision_config, config.text_config
     tower, projector, language = (trains.get(m) for m in ("vision_tower", "mm_projector", "language_model"))
 

@@ -19,10 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from transformers import Trainer
 
+from ..families import MODULES, module_of
 from .rounding import bounds_by_module, check_rounding
 
-# In the order of the groups; the first is the one whose rate the Trainer logs as learning_rate.
-MODULES = ("language_model", "vision_tower", "mm_projector")
 RATE_KEYS = {"vision_tower": "vision_tower_lr", "mm_projector": "mm_projector_lr"}
 FREEZE_KEYS = {"vision_tower": "freeze_vision_tower", "mm_projector": "freeze_multi_modal_projector"}
 # Optimizers whose groups cannot be split, by their package.
@@ -42,13 +41,6 @@ class GroupRow(NamedTuple):
     learning_rate: float
     weight_decay: float
     dtypes: str
-
-
-def module_of(name: str) -> str:
-    """Which of `MODULES` a parameter belongs to, by its name."""
-    if "merger" in name:
-        return "mm_projector"
-    return "vision_tower" if "visual" in name else "language_model"
 
 
 def given_rates(finetuning_args: Any) -> dict[str, float]:

@@ -23,8 +23,8 @@ import torch
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils import cached_file
 
+from ..families import MODULES, module_of
 from .fingerprint import describe_data
-from .optimizer import MODULES, module_of
 
 FILE = "run.json"
 GIVEN = "(given)"  # stands for a secret

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..families import family_of
 from .flops import peak_flops, trained_modules, training_flops
 
 _GIB = 2**30
@@ -26,7 +27,7 @@ class Throughput:
     def __init__(self, model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         self._device, self._config = device, model.config
         self._trains = trained_modules(model.named_parameters())
-        self._counts_flops = model.config.model_type == "qwen3_vl"  # of the models with experts, nothing is known here
+        self._counts_flops = family_of(model.config).counts_flops
         self._peak = peak_flops(device, dtype)
         self._reset()
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers import TrainerCallback
 
+from ..families import family_of
 from .audit import GradientAudit, GradientError, describe_faults
 from .checkpoint import CheckpointError, WholeCheckpoints, last_whole_checkpoint
 from .model_card import add_to_model_card
@@ -70,8 +71,9 @@ class VideoTrainer(WholeCheckpoints):
         self._evaluated: list[torch.Tensor] = []
         self._resumed_at = 0
         self._rows: list[GroupRow] = []
+        core = family_of(self.model.config).core
         for module in self.model.modules():
-            if type(module).__name__ in ("Qwen3VLModel", "Qwen3VLMoeModel"):
+            if type(module).__name__ == core:
                 call_vision_once(module)
         self.add_callback(_StepWatch(self))
 
