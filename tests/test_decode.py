@@ -13,7 +13,7 @@ import av
 import numpy as np
 import pytest
 from av.bitstream import BitStreamFilterContext
-from conftest import examples
+from conftest import SHARED, examples
 from drawing import X265, number_in, picture, write
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
@@ -21,12 +21,14 @@ from llamafactory_video.media import Clip
 from llamafactory_video.video import decode
 from llamafactory_video.video import reader as clip_module
 from llamafactory_video.video.decode import resize_frame
+from llamafactory_video.video.orientation import orientation_of
 from llamafactory_video.video.pictures import open_picture, picture_size
-from llamafactory_video.video.probe import ClipError
+from llamafactory_video.video.probe import ClipError, probe
 from llamafactory_video.video.reader import ClipReader
 from llamafactory_video.video.sampling import Sampling
 
 SAMPLING = Sampling("qwen_finetune", fps=4, min_frames=2, max_frames=8, min_pixels=4096, max_pixels=10**8)
+FIELDS = SHARED / "cases" / "avchd_fields.mts"
 EVERY = {"fps": 1000.0, "max_frames": 1000}  # every frame of a clip
 
 
@@ -169,6 +171,74 @@ def test_every_kind_of_file_is_shown_as_the_plain_loop_yields_it(tmp_path, name)
         constant="stamps" not in made,
         counted=None if name == "refresh.mp4" else False,  # it has no whole key frames
     )
+
+
+@pytest.mark.parametrize(
+    "made",
+    [dict(options=B_FRAMES), dict(codec="mpeg2video", options={"bf": "2", "g": "9"}), dict(options={"bf": "0"})],
+)
+def test_times_that_start_anew_in_a_joined_file_go_on(tmp_path, made):
+    """As players have it: parts of a stream, each from 0 on, laid end to end."""
+    parts = [
+        write(tmp_path / f"{i}.ts", frames=count, first=first, rate=25, **made)
+        for i, first, count in ((0, 0, 40), (1, 40, 25), (2, 65, 30))
+    ]
+    path = tmp_path / "joined.ts"
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    loops = [plain(part) for part in parts]
+    pictures = [picture for shown, _ in loops for picture in shown]
+    times = (np.arange(95) / 25).tolist()
+    check(path, loop=(pictures, times), clips=[{}, EVERY, {"start": 1.2, "end": 3.1}, {"fps": 1.0, "max_frames": 3}])
+    info = probe(str(path))[0].info
+    assert (info.num_frames, info.fps, info.duration, info.times) == (95, 25.0, 3.8, ())
+
+
+def packed_avi(path):
+    """MPEG-4 with each B frame in the packet of the frame that it refers to, and an empty one after it, as DivX wrote it."""
+    source = write(path.with_name("plain.avi"), codec="mpeg4", options={"bf": "1", "g": "12"}, frames=25)
+    with av.open(str(source)) as container:
+        packets = [bytes(packet) for packet in container.demux(video=0) if packet.size]
+    start, chunks = b"\0\0\1\xb6", []
+    kinds = [packet[packet.index(start) + 4] >> 6 for packet in packets]
+    for packet, kind, following in zip(packets, kinds, [*packets[1:], b""], strict=True):
+        if kind == 2:  # a B frame
+            chunks.append(start + b"\x50\x00\x7f")
+        else:
+            packs = following and kinds[packets.index(following)] == 2
+            chunks.append(packet + following if packs else packet)
+    at = chunks[0].index(start)
+    chunks[0] = chunks[0][:at] + b"\0\0\1\xb2DivX503b1393p" + chunks[0][at:]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=12)
+        stream.width, stream.height, stream.pix_fmt, stream.time_base = 96, 64, "yuv420p", Fraction(1, 12)
+        for number, chunk in enumerate(chunks):
+            packet = av.Packet(chunk)
+            packet.stream, packet.time_base, packet.pts, packet.dts = stream, stream.time_base, number, number
+            packet.is_keyframe = kinds[number] == 0
+            container.mux(packet)
+    return path
+
+
+def test_packed_frames_of_avi_keep_their_order(tmp_path):
+    path = packed_avi(tmp_path / "packed.avi")
+    with av.open(str(path)) as container:
+        stamps = [frame.pts for frame in container.decode(video=0)]
+    assert len(stamps) == 25 and stamps != sorted(stamps)  # what FFmpeg makes up
+    check(path, stamped=False)
+
+
+@pytest.mark.skipif(not FIELDS.is_file(), reason="../shared/cases is not present")
+def test_fields_in_packets_of_their_own_are_one_frame():
+    """AVCHD of a camcorder: 26 packets, 13 frames."""
+    pictures, times = plain(FIELDS)
+    assert len(pictures) == 13
+    sampling = SAMPLING.override(fps=25.0, max_pixels=10**9)
+    shown = check(
+        FIELDS, sampling=sampling, numbered=False, clips=[{}, EVERY, {"max_frames": 4}], loop=(pictures, times)
+    )
+    assert len(shown.plan.indices) == 4
+    file, packets = probe(str(FIELDS))
+    assert (file.info.num_frames, file.info.fps, file.info.times, len(packets.pts)) == (13, 25.0, (), 26)
 
 
 def test_hidden_frames_of_vp8_are_not_counted(tmp_path):
@@ -357,6 +427,24 @@ def test_turned_clips_stand_as_a_player_shows_them(tmp_path, caplog, matrix):
         assert stored.rotation == -90
         assert np.array_equal(back[0], np.rot90(shown.frames[0]))
     assert not caplog.records
+    # Side data of a kind that PyAV does not know, as spatial video has it, makes it refuse all of it.
+    turn = orientation_of(stored)
+    assert turn.rotation == stored.rotation % 360
+    sealed = Sealed(stored.rotation)
+    assert orientation_of(sealed, turn) == turn
+    if np.linalg.det(np.reshape(matrix, (2, 2))) > 0:  # not mirrored
+        assert orientation_of(sealed) == turn
+
+
+class Sealed:
+    """A frame that does not give its side data."""
+
+    def __init__(self, rotation: int) -> None:
+        self.rotation = rotation
+
+    @property
+    def side_data(self):
+        raise ValueError("29 is not a valid Type")
 
 
 def test_an_orientation_inside_the_stream_is_found(tmp_path):

@@ -389,7 +389,8 @@ def test_timestamps_are_alike_where_the_rate_is_constant(n, fps, sampling):
 @examples(1000)
 @given(st.integers(2, 400), st.integers(0, 10**6), st.floats(0.5, 60), wishes, starts, st.floats(5, 60))
 def test_variable_rates(n, seed, fps, sampling, start, header_fps):
-    """`pts` shows the frames nearest to the wanted times, at their real times; `index` as if the rate were constant."""
+    """`pts` shows the frames nearest to the wanted times, at their real times, or where frames are rare the one on the
+    screen at the wanted time; `index` as if the rate were constant."""
     times = np.random.default_rng(seed).exponential(1 / fps, n).cumsum()
     times = tuple((times - times[0]).tolist())
     info = ClipInfo(n, fps, n / fps, 360, 640, times, header_fps)
@@ -400,7 +401,10 @@ def test_variable_rates(n, seed, fps, sampling, start, header_fps):
         plan = plan_frames(info, sampling, start)
     except SamplingError:
         assume(False)
-    begin, length = times[span[0]], times[span[-1]] - times[span[0]]
+    utils = sampling.dialect == "qwen_vl_utils"
+    begin = times[span[0]] if utils else max(times[span[0]], start or 0.0)
+    length = times[span[-1]] - begin
+    assume(length > 0)
     rate = round((len(span) - 1) / length, 6)
     count = count_frames(len(span), rate, len(span) / rate, sampling)
     positions = np.array(sample_positions(len(span), count, sampling, span.start))
@@ -408,10 +412,20 @@ def test_variable_rates(n, seed, fps, sampling, start, header_fps):
     assert len(plan.indices) == count + count % 2
     assert plan.indices[count:] == plan.indices[-1:] * (count % 2)
     assert {*plan.indices} <= {*span}
-    distance = np.abs(np.array(times)[span.start : span.stop] - wanted[:, None]).min(1)
-    assert np.abs(np.array(times)[list(plan.indices[:count])] - wanted) == pytest.approx(distance, abs=1e-9)
-    origin = 0 if sampling.dialect == "qwen_vl_utils" else begin
-    assert plan.times == tuple(times[i] - origin for i in plan.indices)
+    assert list(plan.times) == sorted(plan.times)
+    on_screen = np.array([max(time, begin) for time in times[span.start : span.stop]])
+    origin = times[0] if utils else begin
+    for index, told, at in zip(plan.indices, plan.times, wanted, strict=False):
+        following = int(np.searchsorted(on_screen, at - 1e-9, side="left"))
+        gap = on_screen[following] - on_screen[max(following - 1, 0)]
+        if gap > max(2 * length / max(count - 1, 1), 10 * length / (len(span) - 1)) * (1 + 1e-9):
+            shown = following if on_screen[following] <= at + 1e-9 else following - 1
+            assert index == span.start + shown and told == pytest.approx(at - origin, abs=1e-9)
+        else:
+            assert told == on_screen[index - span.start] - origin
+            assert abs(times[index] - at) == pytest.approx(
+                np.abs(np.array(times)[span.start : span.stop] - at).min(), abs=1e-9
+            )
 
     indexed = plan_frames(info, replace(sampling, timestamps="index"))
     assert indexed == plan_frames(ClipInfo(n, header_fps, n / fps, 360, 640), sampling)
@@ -471,3 +485,40 @@ def test_frames_that_cannot_be_shown():
     with pytest.raises(SamplingError, match="no video frames"):
         plan_frames(ClipInfo(0, 5.0, 0.0, 64, 64), Sampling())
     assert np.isclose(plan_frames(ClipInfo(1, 5.0, 0.2, 64, 64), Sampling()).timestamps, [0.0]).all()
+
+
+STANDING = ClipInfo(90, 3.875, 23.2, 64, 96, tuple([i / 30 for i in range(60)] + [22 + i / 30 for i in range(30)]))
+
+
+@pytest.mark.parametrize(
+    ("span", "frames", "times"),
+    [
+        ((10, 15), [59, 59], [0, 0]),  # nothing new begins in it
+        ((10, 22.01), [59, 59, 60, 60], None),
+        ((22.98, None), [89, 89], [0, 0]),
+        ((1.0, 1.1), [30, 31, 32, 32], [0, 1 / 30, 2 / 30, 2 / 30]),
+    ],
+)
+def test_a_picture_is_on_the_screen_until_the_next(span, frames, times):
+    plan = plan_frames(STANDING, Sampling(fps=30.0, min_frames=1, max_frames=4), *span)
+    if times is None:
+        assert set(plan.indices) == {59, 60} and plan.times[0] == 0 and plan.times[-1] == pytest.approx(12)
+    else:
+        assert (list(plan.indices), list(plan.times)) == (frames, pytest.approx(times))
+
+
+def test_where_frames_are_rare_the_model_is_told_what_stands():
+    """A recorder wrote nothing from 2 s to 22 s: at each time in between, the picture of 2 s."""
+    plan = plan_frames(STANDING, Sampling(fps=2.0, min_frames=4, max_frames=16))
+    for index, at in zip(plan.indices, plan.times, strict=True):
+        assert index == max(i for i, time in enumerate(STANDING.times) if time <= at + 1 / 60)
+    gaps = np.diff(plan.times)
+    assert gaps.max() < 1.1 * 22.97 / 15 and gaps.min() > 0.5
+
+
+def test_the_end_of_the_last_frame_is_the_end_of_the_clip():
+    info, sampling = ClipInfo(60, 20.0, 3.0, 64, 64), Sampling(min_frames=1)
+    assert plan_frames(info, sampling, 2.96, 3.0).indices == (59, 59)
+    assert plan_frames(info, sampling, 2.01, 2.04).indices == (40, 40)
+    with pytest.raises(SamplingError, match=r"no frame lies between start and end; the last one is at 2\.95 s"):
+        plan_frames(info, sampling, 3.0)

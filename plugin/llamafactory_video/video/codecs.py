@@ -1,7 +1,9 @@
-"""What the first bytes of a packet tell of its frame: whether others refer to it, and whether one before it is missing."""
+"""What the first bytes of a packet tell of its frame: whether others refer to it, whether one before it is missing,
+and whether it is the second field of a frame."""
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import av
 
@@ -81,9 +83,10 @@ class FrameNumbers:
         packed = extra[:1] == b"\1" and len(extra) > 6  # MP4 and Matroska put a unit's length before it
         self._length = (extra[4] & 3) + 1 if packed else 0
         self._h264 = stream.codec_context.name == "h264"
-        self._sequences: dict[int, tuple[int, bool, bool]] = {}
+        self._sequences: dict[int, _Sequence] = {}
         self._pictures: dict[int, int] = {}
         self._last: int | None = None
+        self._field: tuple[int, bool] | None = None  # frame_num and parity of a first field, whose second may follow
         if self._h264:
             with contextlib.suppress(IndexError):  # cut off, as decoding will tell
                 for unit in _parameter_sets(extra) if packed else _units(extra, 0):
@@ -103,6 +106,26 @@ class FrameNumbers:
             except (IndexError, KeyError):  # damaged, as decoding it will tell
                 continue
         return found
+
+    @property
+    def may_have_fields(self) -> bool:
+        """Whether a packet may hold one field of an interlaced frame alone."""
+        return self._h264 and (not self._sequences or any(not s.frames_only for s in self._sequences.values()))
+
+    def is_second_field(self, packet: av.Packet) -> bool:
+        """Whether a packet holds the second field of the frame whose first the packet before it held (7.4.1.2.4)."""
+        for unit in _units(bytes(packet), self._length):
+            try:
+                self._take_parameters(unit)
+                if unit[0] & 31 not in (1, 2, 5):
+                    continue
+                number, parity = self._slice(unit)[1:]
+            except (IndexError, KeyError):  # damaged, as decoding it will tell
+                continue
+            second = parity is not None and self._field == (number, not parity)
+            self._field = None if second or parity is None else (number, parity)
+            return second
+        return False
 
     def _take_parameters(self, unit: bytes) -> None:
         if unit[0] & 31 == 7:
@@ -127,27 +150,45 @@ class FrameNumbers:
                 for _ in range(min(bits.golomb(), 255)):
                     bits.golomb()
             bits.golomb()
-            self._sequences[number] = width, planes, bool(bits.read(1))
+            gaps_allowed = bool(bits.read(1))
+            bits.golomb(), bits.golomb()  # width and height
+            self._sequences[number] = _Sequence(width, planes, gaps_allowed, bool(bits.read(1)))
         elif unit[0] & 31 == 8:
             bits = _Bits(unit[1:17])
             self._pictures[bits.golomb()] = bits.golomb()
+
+    def _slice(self, unit: bytes) -> tuple["_Sequence", int, bool | None]:
+        """Of a slice: its parameters, its frame_num, and of a field whether it is the bottom one; None: of a frame."""
+        bits = _Bits(unit[1:33])
+        if bits.golomb():
+            raise KeyError("not the first slice of its picture")
+        bits.golomb()
+        sequence = self._sequences[self._pictures[bits.golomb()]]
+        bits.read(2 if sequence.planes else 0)
+        number = bits.read(sequence.number_bits)
+        is_field = not sequence.frames_only and bits.read(1)
+        return sequence, number, bool(bits.read(1)) if is_field else None
 
     def _is_gap(self, unit: bytes) -> bool:
         kind, referred = unit[0] & 31, unit[0] >> 5 & 3
         if kind not in (1, 2, 5):
             return False
-        bits = _Bits(unit[1:33])
-        if bits.golomb():  # not the first slice of its picture
-            return False
-        bits.golomb()
-        width, planes, gaps_allowed = self._sequences[self._pictures[bits.golomb()]]
-        bits.read(2 if planes else 0)
-        number, last, size = bits.read(width), self._last, 1 << width
+        sequence, number, _ = self._slice(unit)
+        last, size = self._last, 1 << sequence.number_bits
         if referred or number != last:
             self._last = number if referred else (number - 1) % size
-        if kind == 5 or last is None or gaps_allowed:
+        if kind == 5 or last is None or sequence.gaps_allowed:
             return False
         return number not in (last, (last + 1) % size)
+
+
+class _Sequence(NamedTuple):
+    """Of a sequence parameter set: bits of frame_num, whether colour planes are apart, and two flags."""
+
+    number_bits: int
+    planes: bool
+    gaps_allowed: bool
+    frames_only: bool
 
 
 def _parameter_sets(extra: bytes) -> Iterator[bytes]:

@@ -1,22 +1,18 @@
 """Files that are damaged, or whose packets tell their frames wrong: decoded whole, past errors, once."""
 
 import bisect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import BinaryIO
 
 import av
 import numpy as np
-from av.codec.context import Flags
 from av.video.frame import PictureType
 
-from .codecs import FrameNumbers
+from .decode import STRICT_OPTIONS, all_packets, decode_packets
 from .orientation import orientation_of
-from .probe import ClipError, VideoFile, describe, open_container, video_stream
+from .probe import ClipError, VideoFile, continued, describe, open_container, video_stream
 from .threads import deadline
-
-# A decoder that says what is damaged, in place of a picture that it made up.
-STRICT_OPTIONS = {"err_detect": "explode"}
 
 
 def count_by_decoding(source: str | BinaryIO, file: VideoFile, timeout: float | None = None) -> VideoFile:
@@ -26,8 +22,7 @@ def count_by_decoding(source: str | BinaryIO, file: VideoFile, timeout: float | 
         ClipError: if none did.
     """
     out: list[tuple[int, bool]] = []
-    stamps: list[int | None] = []  # of these frames
-    sent: list[tuple[int | None, int | None]] = []  # time stamps of presentation and of decoding of the packets
+    sent: list[tuple[int | None, int | None, bool]] = []  # time stamps of presentation and of decoding of the packets
     damaged: set[int] = set()
     first = None
     try:
@@ -35,9 +30,10 @@ def count_by_decoding(source: str | BinaryIO, file: VideoFile, timeout: float | 
             stream = video_stream(container)
             stream.codec_context.thread_count = 1
             stream.codec_context.options |= STRICT_OPTIONS
-            for packet, frames, failed in decode_past_errors(container, stream, deadline(timeout)):
+            packets = all_packets(container, stream)
+            for _, packet, frames, failed in decode_packets(stream, packets, deadline(timeout), believes_flags=True):
                 if packet is not None and packet.size:
-                    sent.append((packet.pts, packet.dts))
+                    sent.append((packet.pts, packet.dts, packet.is_keyframe))
                 if failed:
                     damaged.add(len(sent) - 1)
                 for frame in frames:
@@ -49,22 +45,22 @@ def count_by_decoding(source: str | BinaryIO, file: VideoFile, timeout: float | 
                         continue
                     first = first or frame
                     out.append((position, frame.key_frame and frame.pict_type == PictureType.I))
-                    stamps.append(frame.pts if frame.pts is not None else frame.dts)
             positions = [position for position, _ in out]
-            if container.format.name == "avi" and positions == sorted(positions):
-                # A frame's own are made up, from damaged packets too.
-                stamps = [sent[position][1] for position in positions]
+            pts, dts, keys = (list(values) for values in zip(*sent, strict=True)) if sent else ([], [], [])
+            rate = stream.average_rate or stream.guessed_rate or 1
+            pts, _ = continued(pts, dts, keys, round(1 / float(rate * stream.time_base)))
+            # AVI has no times of presentation; FFmpeg makes them up.
+            by_dts = container.format.name == "avi" and positions == sorted(positions)
+            stamps = [dts[p] if by_dts or pts[p] is None else pts[p] for p in positions]
             if None in stamps:
-                tick = 1 / (stream.average_rate or stream.guessed_rate or 1)
-                stamps = positions
+                seconds = [position / float(rate) for position in positions]
             else:
-                tick = stream.time_base
-            seconds = [float(stamp * tick) for stamp in stamps]
-            chosen = whole_frames(out, sorted(damaged), [pts for pts, _ in sent])
+                seconds = [float(stamp * stream.time_base) for stamp in stamps]
+            chosen = whole_frames(out, sorted(damaged), pts)
             chosen = [chosen[i] for i in _increasing([seconds[i] for i in chosen])]
             if not chosen:
                 raise ClipError("no frame of it can be decoded; the file is damaged")
-            orientation, size = orientation_of(first), (first.height, first.width)
+            orientation, size = orientation_of(first, file.orientation), (first.height, first.width)
             info = describe(stream, np.array([seconds[i] for i in chosen]), orientation, size)
             total = max(len(sent), stream.frames if "mp4" in container.format.name else 0, file.info.num_frames)
     except av.FFmpegError as error:
@@ -135,34 +131,3 @@ def _increasing(seconds: Sequence[float]) -> list[int]:
         chain.append(number)
         number = previous[number]
     return chain[::-1]
-
-
-def decode_past_errors(
-    container: av.container.InputContainer, stream: av.VideoStream, tick: Callable[[], None]
-) -> Iterator[tuple[av.Packet | None, list[av.VideoFrame], bool]]:
-    """All packets, past errors, each with the frames that came out, and whether it is damaged.
-
-    A frame's `opaque` is a list of one: the position of its packet. Positions count from 0 in decoding order.
-    """
-    stream.codec_context.flags |= Flags.copy_opaque
-    frame_numbers = FrameNumbers(stream)
-    demuxer, position, torn = container.demux(stream), -1, False
-    while True:
-        tick()
-        packet, frames, failed = None, [], False
-        try:
-            packet = next(demuxer)
-            if packet.size:
-                position += 1
-                packet.opaque = [
-                    position
-                ]  # a list, because PyAV 16 takes equal numbers for one object, freed with the first
-                # A transport stream's gap is told with the frame that was under way, which may be the one before.
-                failed = packet.is_corrupt or torn or frame_numbers.gap(packet)
-                torn = packet.is_corrupt
-            frames = stream.decode(packet)
-        except StopIteration:
-            return
-        except av.FFmpegError:
-            failed = True
-        yield packet, frames, failed

@@ -5,24 +5,26 @@ that no other frame refers to are left out: in usual H.264 and H.265 files that 
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from typing import BinaryIO
 
 import av
 import numpy as np
 import torch
+from av.codec.context import Flags
 from PIL import Image
 from torchvision.transforms import functional as float_transforms
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
 from .codecs import FrameNumbers, reference_test
-from .damage import STRICT_OPTIONS, decode_past_errors
 from .orientation import orientation_of
 from .probe import Packets, VideoFile, open_container, scan_packets, video_stream
 from .sampling import FramePlan
 from .threads import deadline, start
 
+# A decoder that says what is damaged, in place of a picture that it made up.
+STRICT_OPTIONS = {"err_detect": "explode"}
 # Passing over this many packets by reading them costs about as much as a seek.
 _SEEK_GAP = 100
 
@@ -77,48 +79,65 @@ def decode_frames(
         ClipError: if it takes too long, or cannot be opened.
     """
     shown = np.empty((len(plan.indices), plan.height, plan.width, 3), np.uint8)
-    places: dict[int, list[int]] = {}
-    for place, index in enumerate(plan.indices):
-        places.setdefault(index, []).append(place)
+    slots: dict[int, list[int]] = {}  # of each wanted frame: where in the result it stands
+    for slot, index in enumerate(plan.indices):
+        slots.setdefault(index, []).append(slot)
+    numbers: dict[int, int] = {}  # of wanted frames, by the position of their packet
+    tolerant, in_order = bool(file.positions), False
     tick = deadline(timeout)
 
-    def read(find: Callable[..., Iterator[tuple[int, av.VideoFrame]]], threads: int) -> None:
+    def read(packets_of: Callable[..., Iterator[tuple[int | None, av.Packet | None]]], threads: int) -> None:
+        """Decode some packets and keep the wanted frames among those that come out."""
         with open_container(source, timeout) as container:
             stream = video_stream(container)
             stream.thread_type = "AUTO"
             stream.codec_context.thread_count = threads
             stream.codec_context.options |= STRICT_OPTIONS
-            for index, frame in find(container, stream, tick):
-                if index in places:
-                    if not file.positions or index == 0:
+            count = 0
+            for _, _, frames, failed in decode_packets(stream, packets_of(container, stream), tick, tolerant):
+                if failed and not tolerant:
+                    raise DisagreementError("packets are damaged, or some between them are missing")
+                for frame in frames:
+                    number, count = count if in_order else number_of(frame), count + 1
+                    if number not in slots:
+                        continue
+                    if frame.is_corrupt:
+                        raise DisagreementError(f"frame {number} is damaged")
+                    if not tolerant or number == 0:
                         _check_frame(frame, file)
                     picture = file.orientation.apply(frame.to_ndarray(format="rgb24"))
-                    shown[places.pop(index)] = resize_frame(picture, plan)
-                    if not places:
+                    shown[slots.pop(number)] = resize_frame(picture, plan)
+                    if not slots:
                         return
 
+    def number_of(frame: av.VideoFrame) -> int | None:
+        return numbers.get(frame.opaque[0]) if frame.opaque else None
+
     try:
-        if file.positions:  # what a decoder says of damage is alike each time only in one thread
+        # What a decoder says of damage is alike each time only in one thread.
+        if tolerant:
             numbers = {position: number for number, position in enumerate(file.positions)}
-            read(functools.partial(_by_position, numbers=numbers), 1)
+            read(all_packets, 1)
         else:
             packets = packets or scan_packets(source, timeout)
             if packets.num_frames != file.info.num_frames:
                 raise DisagreementError("has other packets than when it was probed")
             if packets.torn:
                 raise DisagreementError("some of its packets are damaged")
-            if packets.in_order:
-                read(_by_order, threads)
+            in_order = packets.in_order
+            if in_order:
+                read(all_packets, threads)
             else:
-                wanted = sorted(places)
-                shares = _shares(_runs(packets, packets.position[wanted]), threads if isinstance(source, str) else 1)
-                find = functools.partial(_by_time, packets=packets, wanted=wanted)
+                wanted = packets.position[sorted(slots)]
+                numbers = dict(zip(wanted.tolist(), sorted(slots), strict=True))
+                shares = _shares(_runs(packets, wanted), threads if isinstance(source, str) else 1)
 
                 def read_share(runs: list[tuple[int, int]]) -> None:
+                    packets_of = functools.partial(_packets_of_runs, packets=packets, needed=numbers, runs=runs)
                     try:
-                        read(functools.partial(find, runs=runs), threads // len(shares))
+                        read(functools.partial(packets_of, seeks=packets.seekable), threads // len(shares))
                     except SeekError:
-                        read(functools.partial(find, runs=runs, seeks=False), threads // len(shares))
+                        read(functools.partial(packets_of, seeks=False), threads // len(shares))
 
                 # Groups of pictures are decoded side by side: a decoder's own threads wait for one another.
                 others = [start(functools.partial(read_share, share)) for share in shares[1:]]
@@ -127,9 +146,116 @@ def decode_frames(
                     wait(None)
     except av.FFmpegError as error:
         raise DisagreementError(f"cannot be decoded ({error.strerror})") from error
-    if places:
-        raise DisagreementError(f"frame {min(places)} is missing")
+    if slots:
+        raise DisagreementError(f"frame {min(slots)} is missing")
     return shown
+
+
+def decode_packets(
+    stream: av.VideoStream,
+    packets: Iterable[tuple[int | None, av.Packet | None]],
+    tick: Callable[[], None],
+    believes_flags: bool,
+) -> Iterator[tuple[int | None, av.Packet | None, list[av.VideoFrame], bool]]:
+    """Decode packets; each frame knows the position of its own.
+
+    Args:
+        packets: with their positions in decoding order, counted from 0. (position, None): decoding begins anew, at a key
+            frame; (None, None): some could not be read.
+        tick: called for each packet.
+        believes_flags: of packets that the container marks as damaged. A transport stream's gap is told with the frame
+            that was under way, which may be the one before.
+
+    Yields:
+        position, packet, the frames that came out, whose `opaque` is a list of one, the position of their packet, and
+        whether the packet is damaged or some before it are missing.
+    """
+    stream.codec_context.flags |= Flags.copy_opaque
+    frame_numbers, torn = FrameNumbers(stream), False
+    for position, packet in packets:
+        tick()
+        frames, failed = [], position is None
+        try:
+            if packet is not None:
+                if packet.size:
+                    packet.opaque = [
+                        position
+                    ]  # a list: PyAV 16 takes equal numbers for one object, freed with the first
+                    failed = frame_numbers.gap(packet) or (believes_flags and (packet.is_corrupt or torn))
+                    torn = packet.is_corrupt
+                frames = stream.decode(packet)
+            elif position is not None:
+                frames = stream.decode(None)
+                stream.codec_context.flush_buffers()
+                frame_numbers.restart()
+        except av.FFmpegError:
+            failed = True
+        yield position, packet, frames, failed
+
+
+def all_packets(
+    container: av.container.InputContainer, stream: av.VideoStream
+) -> Iterator[tuple[int | None, av.Packet | None]]:
+    """All packets of a file for `decode_packets`, past errors; the last is empty, and empties the decoder."""
+    demuxer, position = container.demux(stream), -1
+    while True:
+        try:
+            packet = next(demuxer)
+        except StopIteration:
+            return
+        except av.FFmpegError:
+            yield None, None
+            continue
+        position += packet.size > 0
+        yield position, packet
+
+
+def _packets_of_runs(
+    container: av.container.InputContainer,
+    stream: av.VideoStream,
+    packets: Packets,
+    needed: Container[int],
+    runs: list[tuple[int, int]],
+    seeks: bool,
+) -> Iterator[tuple[int | None, av.Packet | None]]:
+    """Packets of some runs for `decode_packets`, but for those whose frame is of no use.
+
+    Args:
+        needed: positions of packets that hold wanted frames.
+        runs: of packets, in their order.
+        seeks: otherwise what lies between runs is read, and not decoded.
+
+    Raises:
+        SeekError: if a key frame cannot be found by seeking.
+    """
+    refers = reference_test(stream)
+    demuxer, position = container.demux(stream), 0  # position: of the next packet
+    held: tuple[int, av.Packet] | None = None  # the packet before, if it was left out
+    for begin, end in runs:
+        if position != begin:
+            if position:
+                yield position, None
+            if seeks and begin - position >= _SEEK_GAP:
+                demuxer, packet, position = _seek(container, stream, packets, begin)
+                if position == begin:
+                    yield position, packet
+                position += 1
+        while position < end:
+            packet = next(demuxer)
+            if not packet.size:
+                if packet.dts is None:
+                    raise DisagreementError("it ends before its last wanted frame")
+                continue
+            if position >= begin:
+                # Both fields of a frame, or none; parameters may stand in either.
+                wanted = position in needed or refers(packet) or (packets.second[position] and held is None)
+                if wanted and packets.second[position] and held is not None:
+                    yield held
+                held = None if wanted else (position, packet)
+                if wanted:
+                    yield position, packet
+            position += 1
+    yield position, None
 
 
 def _shares(runs: list[tuple[int, int]], count: int) -> list[list[tuple[int, int]]]:
@@ -148,90 +274,8 @@ def _shares(runs: list[tuple[int, int]], count: int) -> list[list[tuple[int, int
 def _check_frame(frame: av.VideoFrame, file: VideoFile) -> None:
     if (frame.height, frame.width) != (file.height, file.width):
         raise DisagreementError(f"frames are {frame.width} x {frame.height}, not {file.width} x {file.height}")
-    if orientation_of(frame) != file.orientation:
+    if orientation_of(frame, file.orientation) != file.orientation:
         raise DisagreementError("frames are turned otherwise than the track says")
-
-
-def _by_order(
-    container: av.container.InputContainer, stream: av.VideoStream, tick: Callable[[], None]
-) -> Iterator[tuple[int, av.VideoFrame]]:
-    """All frames with their number in the order in which they come out."""
-    number = 0
-    frame_numbers = FrameNumbers(stream)
-    for packet in container.demux(stream):
-        tick()
-        if frame_numbers.gap(packet):
-            raise DisagreementError(f"frames before frame {number} are missing")
-        for frame in stream.decode(packet):
-            if frame.is_corrupt:
-                raise DisagreementError(f"frame {number} is damaged")
-            yield number, frame
-            number += 1
-
-
-def _by_position(
-    container: av.container.InputContainer,
-    stream: av.VideoStream,
-    tick: Callable[[], None],
-    numbers: dict[int, int],
-) -> Iterator[tuple[int, av.VideoFrame]]:
-    """Frames of a damaged file with their numbers; `numbers` has those of the whole ones, by their packet's position."""
-    for _, frames, _ in decode_past_errors(container, stream, tick):
-        for frame in frames:
-            number = numbers.get(frame.opaque[0]) if frame.opaque else None
-            if number is not None:
-                if frame.is_corrupt:
-                    raise DisagreementError(f"frame {number} is damaged")
-                yield number, frame
-
-
-def _by_time(
-    container: av.container.InputContainer,
-    stream: av.VideoStream,
-    tick: Callable[[], None],
-    packets: Packets,
-    wanted: list[int],
-    runs: list[tuple[int, int]],
-    seeks: bool = True,
-) -> Iterator[tuple[int, av.VideoFrame]]:
-    """The wanted frames of some runs with their numbers in order of presentation, told apart by their time stamps.
-
-    Args:
-        wanted: frame numbers.
-        runs: of packets, in their order.
-        seeks: otherwise what lies between runs is read, and not decoded.
-
-    Raises:
-        SeekError: if a key frame cannot be found by seeking.
-    """
-    numbers = dict(zip(packets.pts[packets.position[wanted]].tolist(), wanted, strict=True))
-    refers, frame_numbers = reference_test(stream), FrameNumbers(stream)
-    demuxer, position = container.demux(stream), 0  # position: of the next packet
-    for begin, end in runs:
-        if position != begin:
-            if position:
-                yield from _named(stream.decode(None), numbers)
-                stream.codec_context.flush_buffers()
-                frame_numbers.restart()
-            if seeks and begin - position >= _SEEK_GAP:
-                demuxer, packet, position = _seek(container, stream, packets, begin)
-                if position == begin:
-                    frame_numbers.gap(packet)
-                    yield from _named(stream.decode(packet), numbers)
-                position += 1
-        while position < end:
-            tick()
-            packet = next(demuxer)
-            if not packet.size:
-                if packet.dts is None:
-                    raise DisagreementError("it ends before its last wanted frame")
-                continue
-            if position >= begin and (packet.pts in numbers or refers(packet)):
-                if frame_numbers.gap(packet):
-                    raise DisagreementError("frames between those of its packets are missing")
-                yield from _named(stream.decode(packet), numbers)
-            position += 1
-    yield from _named(stream.decode(None), numbers)
 
 
 def _seek(
@@ -268,13 +312,5 @@ def _runs(packets: Packets, positions: np.ndarray) -> list[tuple[int, int]]:
         begin = int(usable[-1]) if len(usable) else 0
         while runs and begin < runs[-1][1]:
             begin = min(begin, runs.pop()[0])
-        runs.append((begin, position + 1))
+        runs.append((begin, position + (2 if packets.second[position + 1 : position + 2].any() else 1)))
     return runs
-
-
-def _named(frames: list[av.VideoFrame], numbers: dict[int, int]) -> Iterator[tuple[int, av.VideoFrame]]:
-    for frame in frames:
-        if frame.pts in numbers:
-            if frame.is_corrupt:
-                raise DisagreementError(f"frame {numbers[frame.pts]} is damaged")
-            yield numbers[frame.pts], frame

@@ -23,6 +23,13 @@ class Orientation:
         frame = frame.swapaxes(0, 1) if self.transpose else frame
         return frame[:: -1 if self.flip_vertical else 1, :: -1 if self.flip_horizontal else 1]
 
+    @property
+    def rotation(self) -> int:
+        """Degrees by which it is turned counterclockwise, as `av.VideoFrame.rotation`, but from 0 to 270."""
+        if self.transpose:
+            return 90 if self.flip_vertical else 270
+        return 180 if self.flip_horizontal else 0
+
     @classmethod
     def of_matrix(cls, matrix: Sequence[int]) -> "Orientation":
         """From a display matrix in rows (a, b, u), (c, d, v), (x, y, w), as MP4 and FFmpeg have it."""
@@ -77,7 +84,25 @@ def track_orientation(source: str | BinaryIO, track_id: int) -> Orientation:
     return Orientation()
 
 
-def orientation_of(frame: av.VideoFrame) -> Orientation:
-    """How a decoded frame is turned."""
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+def orientation_of(frame: av.VideoFrame, expected: Orientation = Orientation()) -> Orientation:
+    """How a decoded frame is turned.
+
+    Args:
+        expected: how its file says that it is, which is believed where the frame's own rotation bears it out and no more
+            of the frame can be read: PyAV 16 reads no side data at all if one item is of a kind unknown to it, such as
+            the views of spatial video.
+    """
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:
+        rotation = frame.rotation % 360
+        return expected if expected.rotation == rotation else _OF_ROTATION[round(rotation / 90) * 90 % 360]
     return Orientation() if matrix is None else Orientation.of_matrix(struct.unpack("<9i", bytes(matrix)))
+
+
+_OF_ROTATION = {
+    0: Orientation(),
+    90: Orientation(True, False, True),
+    180: Orientation(False, True, True),
+    270: Orientation(True, True, False),
+}

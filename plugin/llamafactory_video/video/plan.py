@@ -12,11 +12,14 @@ from dataclasses import replace
 from .sampling import ClipInfo, FramePlan, Sampling, SamplingError, mean_rate
 from .sizes import frame_size
 
+_RARE = 10  # times the mean distance of two frames
+
 
 def select_span(info: ClipInfo, sampling: Sampling, start: float | None, end: float | None) -> range:
     """The frame numbers between two times, in seconds; None leaves that side open.
 
-    In `qwen_vl_utils` as there: start <= time <= end, and more than one frame. Else start <= time < end.
+    In `qwen_vl_utils` as there: start <= time <= end, and more than one frame. Else start <= time < end; where no frame
+    begins for a while after `start`, the one that is on the screen then comes first.
 
     Raises:
         SamplingError: if there are none.
@@ -36,6 +39,10 @@ def select_span(info: ClipInfo, sampling: Sampling, start: float | None, end: fl
     else:
         first = 0 if start is None else bisect.bisect_left(range(n), start, key=info.time)
         last = n - 1 if end is None else bisect.bisect_left(range(n), end, key=info.time) - 1
+        if start is not None and first > 0 and start < info.duration:
+            # A frame is on the screen until the next one.
+            rare = bool(info.times) and first <= last and info.time(first) - start > 1 / sampling.fps
+            first -= rare or first > last
         enough = first <= last
     if not enough:
         raise SamplingError(
@@ -81,16 +88,32 @@ def sample_positions(n: int, count: int, sampling: Sampling, first: int = 0) -> 
     return [first + to_number(number) for number in spread]
 
 
-def _nearest(times: tuple[float, ...], span: range, positions: list[int]) -> list[int]:
-    """The frames shown nearest to where `positions` would lie if all frames of the span were equally long."""
-    begin, length = times[span[0]], times[span[-1]] - times[span[0]]
-    found = []
+def _sample_times(
+    times: tuple[float, ...], span: range, positions: list[int], begin: float
+) -> tuple[list[int], list[float]]:
+    """The frames shown where `positions` would lie if all frames of the span were equally long, and when.
+
+    These are the nearest, at their own times. Where frames are rare (`_RARE`), and several of those places lie between two,
+    it is the one on the screen, at that place's time.
+
+    Args:
+        begin: time at which the span begins; its first frame may have come before.
+    """
+    length = times[span[-1]] - begin
+    rare = max(2 * length / max(len(positions) - 1, 1), _RARE * length / (len(span) - 1))
+    frames, shown = [], []
     for position in positions:
         wanted = begin + length * (position - span[0]) / (len(span) - 1)
         after = bisect.bisect_left(times, wanted, span.start, span.stop - 1)
         before = max(after - 1, span[0])
-        found.append(before if wanted - times[before] <= times[after] - wanted else after)
-    return found
+        if times[after] - max(times[before], begin) > rare and wanted < times[after]:
+            frames.append(before)
+            shown.append(wanted)
+        else:
+            nearest = before if wanted - times[before] <= times[after] - wanted else after
+            frames.append(nearest)
+            shown.append(max(times[nearest], begin))
+    return frames, shown
 
 
 def plan_frames(info: ClipInfo, sampling: Sampling, start: float | None = None, end: float | None = None) -> FramePlan:
@@ -110,22 +133,28 @@ def plan_frames(info: ClipInfo, sampling: Sampling, start: float | None = None, 
     utils = sampling.dialect == "qwen_vl_utils"
     span = select_span(info, sampling, start, end)
     n = len(span)
+    begin = info.time(span[0]) if utils or start is None else max(info.time(span[0]), start)
+    shown: list[float] = []
     if utils and info.pictures:
         indices = list(span)  # a list of pictures counts as sampled already
-    elif info.times and info.times[span[-1]] > info.times[span[0]]:
-        fps = mean_rate(n, info.times[span[-1]] - info.times[span[0]])
+    elif info.times and n > 1 and info.times[span[-1]] > begin:
+        fps = mean_rate(n, info.times[span[-1]] - begin)
         count = count_frames(n, fps, n / fps, sampling)
-        indices = _nearest(info.times, span, sample_positions(n, count, sampling, span[0]))
+        positions = sample_positions(n, count, sampling, span[0])
+        indices, shown = _sample_times(info.times, span, positions, begin)
     else:
         duration = info.duration if n == info.num_frames else n / info.fps
         count = count_frames(n, info.fps, duration, sampling)
         indices = sample_positions(n, count, sampling, span[0])
     sampled = len(indices)
     indices += indices[-1:] * (-sampled % sampling.temporal_patch_size)
-    origin = 0 if utils else span[0]
     if info.times:
-        times = [info.times[i] - info.times[origin] for i in indices]
+        shown = shown or [max(info.times[i], begin) for i in indices]
+        shown += shown[-1:] * (len(indices) - len(shown))
+        origin = info.times[0] if utils else begin
+        times = [time - origin for time in shown]
     else:
+        origin = 0 if utils else span[0]
         # qwen-vl-utils repeats the last of an odd number of pictures under the next number, not under its own.
         numbers = range(span[0], span[0] + len(indices)) if utils and info.pictures else indices
         times = [(i - origin) / info.fps for i in numbers]

@@ -5,8 +5,10 @@ before memory is taken for one.
 """
 
 import functools
+import itertools
 import os
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, BinaryIO
@@ -14,6 +16,7 @@ from typing import Any, BinaryIO
 import av
 import numpy as np
 
+from .codecs import FrameNumbers
 from .orientation import Orientation, track_orientation
 from .sampling import ClipInfo, mean_rate
 
@@ -25,6 +28,7 @@ _CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,mpegvideo,gif,asf,h264,hevc
 _LATE_CONTAINERS = "avi,mpegts,mpeg,flv,ogg"
 # Times are those of a constant rate if none is further off than its container's rounding, at most this (seconds).
 _ROUNDING = 0.002
+_JOINT = 4  # packets before a joint that may be marked
 _COVER = av.stream.Disposition.attached_pic
 
 
@@ -62,11 +66,13 @@ class Packets:
     """A stream's packets in decoding order.
 
     Attributes:
-        pts: presentation time stamps in units of the stream's time base, (n,) int64.
+        pts: presentation time stamps in units of the stream's time base, (n,) int64; see `continued`.
         keys: at which decoding can begin, (n,) bool.
         shown: whose frames are shown, (n,) bool.
+        second: that hold the second field of the frame before, (n,) bool.
         seconds: presentation times of the frames that are shown, sorted, (frames,) float64.
-        in_order: time stamps are missing, wrong or not unique, so frames are told apart by their order alone.
+        in_order: time stamps are missing, wrong or not unique, so frames are numbered as they come out of the decoder.
+        seekable: a time stamp leads to one place in the file.
         lost: why some packets are missing, or "".
         torn: others follow where some are missing.
     """
@@ -74,8 +80,10 @@ class Packets:
     pts: np.ndarray
     keys: np.ndarray
     shown: np.ndarray
+    second: np.ndarray
     seconds: np.ndarray
     in_order: bool
+    seekable: bool = True
     lost: str = ""
     torn: bool = False
 
@@ -160,8 +168,9 @@ def video_stream(container: av.container.InputContainer) -> av.VideoStream:
 
 
 def _scan(container: av.container.InputContainer, stream: av.VideoStream) -> Packets:
-    pts, dts, keys, shown, corrupt, lost = [], [], [], [], [], ""
+    pts, dts, keys, shown, second, corrupt, lost = [], [], [], [], [], [], ""
     hides = stream.codec_context.name == "vp8"  # some of its frames are not shown: the fifth bit of the first byte
+    fields = FrameNumbers(stream)
     try:
         for packet in container.demux(stream):
             if not packet.size:
@@ -171,10 +180,18 @@ def _scan(container: av.container.InputContainer, stream: av.VideoStream) -> Pac
             pts.append(packet.pts)
             dts.append(packet.dts)
             keys.append(packet.is_keyframe)
+            second.append(fields.may_have_fields and fields.is_second_field(packet))
             hidden = hides and not bytes(packet)[0] & 0x10
-            shown.append(not (packet.is_discard or packet.is_corrupt or hidden))
+            shown.append(not (packet.is_discard or packet.is_corrupt or hidden or second[-1]))
     except av.FFmpegError as error:
         lost = f"it cannot be read to its end ({error.strerror})"
+    frame = round(1 / float((stream.average_rate or stream.guessed_rate or 25) * stream.time_base))
+    pts, joints = continued(pts, dts, keys, frame)
+    # Where parts were joined, FFmpeg misses packets of the transport stream, and marks frames that are whole. Decoding
+    # them tells.
+    for position in [p for p in corrupt if any(p < joint <= p + _JOINT for joint in joints)]:
+        corrupt.remove(position)
+        shown[position] = not second[position]
     torn = bool(corrupt) and corrupt[0] < len(pts) - 1
     if corrupt and not lost:
         lost = "some of its packets are damaged" if torn else "it ends in the middle of a frame"
@@ -189,10 +206,35 @@ def _scan(container: av.container.InputContainer, stream: av.VideoStream) -> Pac
     else:
         seconds = np.sort(np.array(stamps, np.int64)) * float(stream.time_base)
     # AVI has no times of presentation; FFmpeg makes them up, for these codecs in the wrong order.
-    invented = container.format.name == "avi" and stream.codec_context.name in ("h264", "hevc")
+    invented = container.format.name == "avi" and stream.codec_context.name in ("h264", "hevc", "mpeg4")
     in_order = None in pts or len(set(visible)) < len(visible) or invented
     array = np.array([0 if stamp is None else stamp for stamp in pts], np.int64)
-    return Packets(array, np.array(keys), np.array(shown), seconds, in_order, lost, torn)
+    flags = (np.array(values) for values in (keys, shown, second))
+    return Packets(array, *flags, seconds, in_order, not joints, lost, torn)
+
+
+def continued(
+    pts: Sequence[int | None], dts: Sequence[int | None], keys: Sequence[bool], frame: int
+) -> tuple[list[int | None], list[int]]:
+    """Time stamps that go on where they start anew, as a player has them for a file that was joined from parts.
+
+    Args:
+        pts, dts: of packets in decoding order.
+        keys: at which a part can begin.
+        frame: how long one is.
+
+    Returns:
+        Presentation time stamps, and the numbers of the packets at which they start anew.
+    """
+    joints = [i for i in range(1, len(dts)) if keys[i] and None not in (dts[i], dts[i - 1]) and dts[i] < dts[i - 1]]
+    result = list(pts)
+    for begin, end in itertools.pairwise([*joints, len(pts)]):
+        before = [stamp for stamp in result[:begin] if stamp is not None]
+        part = [stamp for stamp in result[begin:end] if stamp is not None]
+        if before and part:
+            shift = max(before) + frame - min(part)
+            result[begin:end] = [None if stamp is None else stamp + shift for stamp in result[begin:end]]
+    return result, joints
 
 
 def scan_packets(source: str | BinaryIO, timeout: float | None = None) -> Packets:
