@@ -300,9 +300,9 @@ def test_a_folder_without_a_contract_is_as_before(home, trained, tmp_path):
 # --- Plain transformers ----------------------------------------------------------------------------------------------
 
 
-def readmes_lines(folder: Path, clip: Path) -> str:
-    """The README's code for plain transformers, on a folder and a clip of ours."""
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+def lines_of_the_docs(folder: Path, clip: Path) -> str:
+    """The docs code for plain transformers, on a folder and a clip of ours."""
+    readme = (Path(__file__).parents[1] / "docs" / "use.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(from transformers import AutoProcessor\n.*?)```", readme, re.DOTALL)
     for path, there in (("output/wzry_full", folder), ("data/wzry/4/1.mp4", clip)):
         assert path in code
@@ -311,10 +311,10 @@ def readmes_lines(folder: Path, clip: Path) -> str:
 
 
 @pytest.mark.parametrize("kind", ["full", "lora", "merged"])
-def test_plain_transformers_shows_the_same_by_the_readmes_own_lines(home, trained, kind):
+def test_plain_transformers_shows_the_same_by_the_lines_of_the_docs(home, trained, kind):
     folder = trained("qwen_finetune", kind)
     found = {}
-    exec(readmes_lines(folder, home / "a.mp4"), found)
+    exec(lines_of_the_docs(folder, home / "a.mp4"), found)
     question = found["messages"][0]["content"][1]["text"]
     asked = shown_in_chat(home, question=f"<video>{question}", pictures=(), **where(home, folder, kind))
     for name in ("input_ids", "video_grid_thw", "pixel_values_videos"):
@@ -324,10 +324,10 @@ def test_plain_transformers_shows_the_same_by_the_readmes_own_lines(home, traine
 
 @pytest.mark.thorough
 def test_a_newer_transformers_makes_the_same_pixels_and_times(home, trained, tmp_path):
-    """5.24, which knows a bound on each frame's pixels; it puts one more pair of marks around a clip, as README says."""
+    """5.24, which knows a bound on each frame's pixels; it puts one more pair of marks around a clip, as docs/use.md says."""
     newer = Path(sys.prefix) / "transformers-5.24"
     assert newer.is_dir(), "`make thorough` installs it"
-    code = readmes_lines(trained("qwen_finetune", "full"), home / "a.mp4")
+    code = lines_of_the_docs(trained("qwen_finetune", "full"), home / "a.mp4")
     code += (
         "\nimport sys, torch, transformers\ntorch.save({**inputs, 'version': transformers.__version__}, sys.argv[1])"
     )
@@ -337,7 +337,7 @@ def test_a_newer_transformers_makes_the_same_pixels_and_times(home, trained, tmp
     assert run.returncode == 0, run.stderr[-3000:]
     assert "cap_pixels_per_frame" not in run.stderr
     found, own = torch.load(tmp_path / "newer.pt", weights_only=False), {}
-    exec(readmes_lines(trained("qwen_finetune", "full"), home / "a.mp4"), own)
+    exec(lines_of_the_docs(trained("qwen_finetune", "full"), home / "a.mp4"), own)
     assert found["version"] == "5.24.0"
     for name in ("video_grid_thw", "pixel_values_videos"):
         assert torch.equal(found[name], own["inputs"][name]), name

@@ -36,6 +36,7 @@ def recipe_data(recipe: Path, overrides: list[str]) -> tuple[int, dict[str, Reco
     sys.argv = ["lmf-video", str(recipe), *overrides]
     # What needs a GPU or several processes has no part in the data.
     args = {**read_args(), "deepspeed": None, "bf16": False, "fp16": False, "use_cpu": True, "streaming": False}
+    args["overwrite_output_dir"] = True  # nothing is trained, so a folder that holds a run does not matter
     model_args, data_args, training_args, _, _ = get_train_args(args)
     if not is_ours(data_args.template):
         raise ValueError(f"{recipe} has template {data_args.template}; only {TEMPLATE} can be checked")
