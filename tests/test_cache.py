@@ -201,7 +201,7 @@ def test_room_is_left_for_others(clip, tmp_path, monkeypatch, caplog, disk, left
         used = reader(tmp_path / str(kept))
         used.read(str(clip))
         assert used.cache.size().clips == kept
-    assert f"takes no more (less than {left / (1 << 30):g} GiB of its disk" in caplog.text
+    assert f"is read-only from here (less than {left / (1 << 30):g} GiB of its disk" in caplog.text
 
 
 def _write_on_a_full_disk(folder, queue):
@@ -227,14 +227,14 @@ def test_a_disk_that_takes_no_more(tmp_path):
     assert clips == 0
     assert not list(tmp_path.glob("frames/*/*"))
     assert len(messages) == 1  # said once
-    assert f"{tmp_path} takes no more" in messages[0]
+    assert f"{tmp_path} is read-only from here" in messages[0]
 
 
 def test_a_folder_that_cannot_be_written(clip, tmp_path, caplog):
     (tmp_path / "file").write_text("")
     shown = reader(tmp_path / "file" / "cache").read(str(clip))
     assert np.array_equal(shown.frames, ClipReader(SAMPLING).read(str(clip)).frames)
-    assert "takes no more (Not a directory)" in caplog.text
+    assert "is read-only from here (Not a directory)" in caplog.text
 
 
 def test_facts_of_files_are_kept(clip, tmp_path, monkeypatch):

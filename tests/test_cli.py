@@ -139,7 +139,7 @@ def test_long_records_stop_training_or_shrink(home):
     file, out = recipe(home, "long", cutoff_len=90, video_max_pixels=262144, video_min_pixels=131072, max_steps=2)
     result = run("llamafactory-cli", "train", file)
     assert result.returncode != 0
-    assert "3 of 8 records cannot be shown whole" in result.stderr
+    assert "3 of 8 records cannot be used" in result.stderr
     assert "mixed.json, record 2 (line 1): " in result.stderr and "or set " in result.stderr
     assert not list(out.glob("*.safetensors"))
     result = run("llamafactory-cli", "train", file, "video_fit=shrink")

@@ -107,7 +107,7 @@ def test_a_difference_is_shown_by_what_it_means_for_a_clip():
 def test_adapters_that_disagree_are_named():
     one, other = Contract(Sampling(), (1024, 4096)), Contract(Sampling(fps=1), (1024, 4096))
     assert agreed([]) is None and agreed([("a", one), ("b", one)]) == ("b", one)
-    with pytest.raises(ValueError, match=r"the adapters a and b were trained with other sampling: fps 2\.0 -> 1"):
+    with pytest.raises(ValueError, match=r"the adapters a and b were trained with different sampling: fps 2\.0 -> 1"):
         agreed([("a", one), ("b", other)])
 
 

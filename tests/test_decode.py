@@ -600,7 +600,7 @@ def test_a_clip_that_is_replaced_is_shown_as_it_is_now(tmp_path, caplog, monkeyp
     write(path, first=100)
     numbers(100)
     assert [record.getMessage() for record in caplog.records] == [
-        f"{path} has been replaced since it was last read; it is read anew."
+        f"{path} has been replaced since it was last read; it is read again."
     ]
     before = reader.plan(str(path)).plan
     write(path, first=200, frames=36)

@@ -111,11 +111,11 @@ def test_objects_that_a_hubs_table_has_merged_are_refused(record, found):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"video_timeout": "1e3"}, 'video_timeout must be a number above 0; found the text "1e3"; YAML takes 1e-6'),
+        ({"video_timeout": "1e3"}, 'video_timeout must be a number above 0; found the text "1e3"; YAML reads 1e-6'),
         ({"video_timeout": 0}, "video_timeout must be a number above 0; found 0$"),
         (
             {"vision_tower_lr": "1e-6"},
-            'vision_tower_lr must be a number of at least 0; found the text "1e-6"; YAML takes',
+            'vision_tower_lr must be a number of at least 0; found the text "1e-6"; YAML reads',
         ),
         ({"mm_projector_lr": float("nan")}, "mm_projector_lr must be a number of at least 0; found nan"),
         ({"video_fps": "4"}, 'video_fps must be a number; found the text "4"'),

@@ -197,7 +197,7 @@ def test_all_records_are_seen_before_training(encoder, clip, tmp_path, workers):
     data = Records(load_conversations(tmp_path / "data.json", str(tmp_path), LAYOUT, **keys), LAYOUT)
     encoder.cutoff_len = len(encoder.encode(data[0]).ids)
     said = []
-    with pytest.raises(DatasetError, match="training: 2 of 90 records cannot be shown whole") as told:
+    with pytest.raises(DatasetError, match="training: 2 of 90 records cannot be used") as told:
         check_lengths(data, encoder, "training", workers, tmp_path / "out", said.append)
     assert "record 8 " in str(told.value)
     assert "record 81 " in str(told.value)

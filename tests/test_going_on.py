@@ -92,7 +92,7 @@ def test_going_on_from_another_run_is_told_and_recorded(keys, another_run, tmp_p
     [
         ("run", r"run is the folder of a run, not of a checkpoint; give .*run/checkpoint-2"),
         ("nothing", "there is no folder .*nothing"),
-        ("run/runs", r"runs has no trainer_state\.json, so it is no whole checkpoint"),
+        ("run/runs", r"runs has no trainer_state\.json, so it is not a complete checkpoint"),
     ],
 )
 def test_what_is_no_checkpoint_is_said(keys, another_run, tmp_path, checkpoint, message):
@@ -102,7 +102,7 @@ def test_what_is_no_checkpoint_is_said(keys, another_run, tmp_path, checkpoint, 
 
 
 def test_resume_from_checkpoint_true_takes_the_last_whole_one(keys, another_run, tmp_path):
-    with pytest.raises(ValueError, match="resume_from_checkpoint is true, and .* holds no whole checkpoint"):
+    with pytest.raises(ValueError, match="resume_from_checkpoint is true, but .* has no complete checkpoint"):
         train(keys, tmp_path / "none", max_steps=3, resume_from_checkpoint=True)
     output = shutil.copytree(another_run, tmp_path / "run")
     (output / "checkpoint-2" / "trainer_state.json").write_text("{cut")
@@ -118,7 +118,7 @@ def test_another_shape_of_adapter_is_refused(keys, tmp_path):
 
 def test_weights_alone_are_nothing_to_go_on_from(keys, tmp_path):
     train(keys, tmp_path, max_steps=2, save_strategy="steps", save_steps=2, save_only_model=True)
-    with pytest.raises(ValueError, match=r"checkpoint-2 holds weights alone .*`model_name_or_path: .*checkpoint-2`"):
+    with pytest.raises(ValueError, match=r"checkpoint-2 holds only weights .*`model_name_or_path: .*checkpoint-2`"):
         train(keys, tmp_path, max_steps=4)
 
 
@@ -145,7 +145,7 @@ def test_speeds_are_of_the_steps_that_were_made(keys, tmp_path):
     [
         (
             {"vision_tower_lr": "2e-6x"},
-            'vision_tower_lr must be a number of at least 0; found the text "2e-6x"; YAML takes 1e-6',
+            'vision_tower_lr must be a number of at least 0; found the text "2e-6x"; YAML reads 1e-6',
         ),
         ({"mm_projector_lr": -1e-6}, "mm_projector_lr must be a number of at least 0; found -1e-06$"),
         ({"freeze_vision_tower": True}, "vision_tower_lr is given, but no parameter of the vision_tower trains"),

@@ -272,7 +272,7 @@ def test_what_is_shrunk_is_told_in_every_mode(home, tmp_path, keys):
     from llamafactory_video.records.report import DatasetError
 
     keys = {"cutoff_len": 90, "video_min_pixels": 131072, "video_max_pixels": 262144, **keys}
-    with pytest.raises(DatasetError, match="training: 6 of 6 records cannot be shown whole"):
+    with pytest.raises(DatasetError, match="training: 6 of 6 records cannot be used"):
         dataset(home, tmp_path, **keys)
     data, _, _ = dataset(home, tmp_path, video_fit="shrink", **keys)
     report = (tmp_path / "out" / "shrunk_records_training.txt").read_text(encoding="utf-8")
@@ -357,7 +357,7 @@ def test_supervision_switches(home, tmp_path):
     [
         ({"packing": True}, "neat_packing: true"),
         ({"max_samples": 0}, "the data set is empty"),
-        ({"tokenized_path": "x"}, "tokenized_path has no use"),
+        ({"tokenized_path": "x"}, "tokenized_path is not supported"),
         ({"template": "qwen3_vl"}, "video_sampling works with `template: qwen3_vl_video`"),
         (
             {"loss_normalization": "token"},

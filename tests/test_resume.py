@@ -165,7 +165,7 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_says_so(keys, tmp_path, cou
     assert 0 not in run.end()
     log = run.log()
     assert "checkpoint-4 could not be written" in log and "GiB are free" in log
-    assert f"{output / 'checkpoint-2'} is whole: the next start goes on from there" in log
+    assert f"{output / 'checkpoint-2'} is complete: the next start resumes from there" in log
     assert {p: p.stat().st_mtime_ns for p in (output / "checkpoint-2").rglob("*")} == before
     assert whole_steps(output) == [2]
     assert Run(keys, output, count).end() == [0] * count

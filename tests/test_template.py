@@ -289,7 +289,7 @@ def test_rows_of_other_formats_are_trained_as_they_are_asked(processor, clip):
 
 def test_pads_spelled_out_in_a_text_are_refused(processor):
     pad = processor.video_token_id
-    with pytest.raises(TemplateError, match="holds 1 .*video_pad.* where 0 belong"):
+    with pytest.raises(TemplateError, match="holds 1 .*video_pad.* but 0 are expected"):
         expand_pads([1, pad, 2], None, [], [], processor.image_token_id, pad)
 
 

@@ -18,7 +18,7 @@ def prepare(folder: Path, train: int, test: int) -> None:
 
         save_tiny_model(folder / "base")
     for checkpoint in (folder / "tuned").glob("checkpoint-*"):
-        # Its last file: without it the run was killed while saving, and could not go on from there.
+        # Its last file: without it the run was killed while saving, and cannot resume from there.
         if not (checkpoint / "trainer_state.json").exists():
             shutil.rmtree(checkpoint)
     print(f"{folder}: a model of random weights in base/, {train} clips to train and {test} to test in clips/")

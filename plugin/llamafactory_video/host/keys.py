@@ -46,7 +46,7 @@ def check_keys(keys: Any, cls: type) -> None:
             elif name in _AT_LEAST_0:
                 wanted, right = f"{wanted} of at least 0", right and value >= 0
             if kind is float and isinstance(value, str):
-                advice = "; YAML takes 1e-6 for a text and 1.0e-6 for a number"
+                advice = "; YAML reads 1e-6 as text; write 1.0e-6"
         if not right:
             raise ValueError(f"{name} must be {wanted}; found {found}{advice}")
 
@@ -58,7 +58,7 @@ class VideoModelKeys:
     video_sampling: Literal["llamafactory", "qwen_finetune", "qwen_vl_utils"] | None = field(
         default=None,
         metadata={
-            "help": "Whose meaning the video_* and image_* keys have; if not given, as the model's folder says that it was "
+            "help": "How the video_* and image_* keys are meant. Default: as the model's folder says that it was "
             "trained, else `llamafactory`. `llamafactory`: pixels count one frame. "
             "`qwen_finetune`: as in Qwen's official trainer, pixels count the whole clip (frames x height x width); "
             "keys that are not given come from the model's processor files. `qwen_vl_utils`: as in messages for that "
@@ -74,39 +74,40 @@ class VideoModelKeys:
         },
     )
     video_fps: float | None = field(default=None, metadata={"help": "Frames to sample per second of a clip."})
-    video_min_frames: int | None = field(default=None, metadata={"help": "The least number of frames of a clip."})
+    video_min_frames: int | None = field(default=None, metadata={"help": "Minimum number of frames of a clip."})
     video_max_frames: int | None = field(
-        default=None, metadata={"help": "The greatest number of frames of a clip; another name for `video_maxlen`."}
+        default=None, metadata={"help": "Maximum number of frames of a clip; another name for `video_maxlen`."}
     )
-    video_maxlen: int | None = field(default=None, metadata={"help": "The greatest number of frames of a clip."})
+    video_maxlen: int | None = field(default=None, metadata={"help": "Maximum number of frames of a clip."})
     video_min_pixels: int | None = field(
-        default=None, metadata={"help": "The least number of pixels, of what `video_sampling` says."}
+        default=None, metadata={"help": "Minimum number of pixels, counted as `video_sampling` says."}
     )
     video_max_pixels: int | None = field(
-        default=None, metadata={"help": "The greatest number of pixels, of what `video_sampling` says."}
+        default=None, metadata={"help": "Maximum number of pixels, counted as `video_sampling` says."}
     )
     video_total_pixels: int | None = field(
         default=None,
-        metadata={"help": "The greatest number of pixels of a whole clip, for `video_sampling: qwen_vl_utils` alone."},
+        metadata={"help": "Maximum number of pixels of a whole clip; only for `video_sampling: qwen_vl_utils`."},
     )
     video_cache: bool = field(
         default=True, metadata={"help": "Keep decoded frames on disk, so that each clip is decoded once."}
     )
     video_cache_dir: str | None = field(
-        default=None, metadata={"help": "Where they are kept; ~/.cache/llamafactory_video if not given."}
+        default=None, metadata={"help": "Folder for them. Default: ~/.cache/llamafactory_video."}
     )
     video_cache_gb: float | None = field(
         default=None,
-        metadata={"help": "The most that they may take, in GiB; half of the disk's free space if not given."},
+        metadata={"help": "Size limit in GiB. Default: half of the disk's free space."},
     )
     video_timeout: float = field(
-        default=300.0, metadata={"help": "Seconds after which reading a clip is given up, with an error naming it."}
+        default=300.0,
+        metadata={"help": "Give up reading a clip after this many seconds, with an error that names it."},
     )
     video_remote_gb: float = field(
-        default=2.0, metadata={"help": "The most that a clip may have which the API is given by address, in GiB."}
+        default=2.0, metadata={"help": "Size limit, in GiB, of a clip that a request to the API gives by address."}
     )
-    image_min_pixels: int | None = field(default=None, metadata={"help": "The least number of pixels of an image."})
-    image_max_pixels: int | None = field(default=None, metadata={"help": "The greatest number of pixels of an image."})
+    image_min_pixels: int | None = field(default=None, metadata={"help": "Minimum number of pixels of an image."})
+    image_max_pixels: int | None = field(default=None, metadata={"help": "Maximum number of pixels of an image."})
     # Not keys: what parsing finds out. As fields they go along when LLaMA-Factory copies these arguments.
     given_video_keys: dict[str, Any] = field(init=False, default_factory=dict)
     video_template: bool = field(init=False, default=False)
@@ -145,12 +146,12 @@ class VideoDataKeys:
 
     skip_wrong_records: bool = field(
         default=False,
-        metadata={"help": "Leave wrong records of `video_conversation` data sets out, with a report, and go on."},
+        metadata={"help": "Skip wrong records of `video_conversation` data sets; a report lists them."},
     )
     video_fit: Literal["error", "shrink"] = field(
         default="error",
         metadata={
-            "help": "What becomes of a record that is longer than cutoff_len. `error`: training does not start, and "
+            "help": "What to do with a record that is longer than cutoff_len. `error`: training does not start, and "
             "all such records are listed. `shrink`: its clips lose pixels, then frames, until it fits; every change "
             "is reported."
         },
@@ -190,6 +191,6 @@ class VideoFinetuningKeys:
         default="error",
         metadata={
             "help": "What happens when modules that should be trained have no gradient, a zero one or one that is not "
-            "finite after the first step: they are named, and the run stops (`error`) or goes on (`warn`)."
+            "finite after the first step: they are named, and the run stops (`error`) or continues (`warn`)."
         },
     )

@@ -143,7 +143,7 @@ def _check_folders(logger: Any, model_args: Any, training_args: Any, finetuning_
         before = last_whole_checkpoint(folder)
         if given is True:
             if before is None:
-                raise ValueError(f"resume_from_checkpoint is true, and {folder} holds no whole checkpoint")
+                raise ValueError(f"resume_from_checkpoint is true, but {folder} has no complete checkpoint")
             training_args.resume_from_checkpoint = before
     if not isinstance(before, str):
         return
@@ -154,8 +154,8 @@ def _check_folders(logger: Any, model_args: Any, training_args: Any, finetuning_
     check_resumable(Path(before), finetuning_args.finetuning_type, adapter)
     if Path(folder, "train_results.json").is_file():
         logger.warning_rank0(
-            f"{training_args.output_dir} holds a finished run, and this one goes on from its last checkpoint. To train "
-            "anew, give another output_dir or remove that folder."
+            f"{training_args.output_dir} holds a finished run; this one resumes from its last checkpoint. To start "
+            "over, set another output_dir or remove that folder."
         )
 
 
@@ -166,10 +166,10 @@ def _check_keys_fit_template(model_args: Any, data_args: Any, finetuning_args: A
         if data_args.packing and not data_args.neat_packing:
             raise ValueError("packing lets samples attend to each other; use `neat_packing: true` instead")
         if data_args.tokenized_path is not None:
-            raise ValueError("tokenized_path has no use here: video templates tokenize a record when it is needed")
+            raise ValueError("tokenized_path is not supported: video templates tokenize a record when it is needed")
         if model_args.infer_backend != "huggingface":
             raise ValueError(
-                f"infer_backend {model_args.infer_backend} samples clips in its own way, not as the prompt tells; "
+                f"infer_backend {model_args.infer_backend} samples clips differently from what the prompt says; "
                 f"video templates work with `infer_backend: huggingface`"
             )
         return

@@ -27,9 +27,7 @@ def frame_cache(keys: VideoModelKeys, log: Callable[[str], None]) -> FrameCache 
     """
     if not keys.video_cache:
         return None
-    without = (
-        "Frame cache: off, since {}. Every clip is decoded in every epoch. `video_cache_dir` names another place."
-    )
+    without = "Frame cache is off: {}. Every clip is decoded in every epoch. Set `video_cache_dir` to another disk to avoid this."
     try:
         folder = Path(keys.video_cache_dir).expanduser() if keys.video_cache_dir else default_folder()
         cache = FrameCache(folder, None if keys.video_cache_gb is None else int(keys.video_cache_gb * GIB))
@@ -159,8 +157,8 @@ class SamplingProcessor(Qwen3VLProcessor):
         if near != clips and not self._told:
             changed = difference(self.contract, Contract(near, self.contract.image_pixels))
             self._log(
-                f"transformers without this plugin cannot sample as {clips.dialect} does. For it, {save_directory} has "
-                f"what comes nearest: {changed}"
+                f"transformers without this plugin cannot sample exactly as {clips.dialect} does. For it, {save_directory} has "
+                f"the nearest settings: {changed}"
             )
             self._told = True
         self.video_processor = copy(video_processor)

@@ -175,7 +175,7 @@ def extend_collator(collator: ModuleType) -> None:
             grids = (batch.get(name) for name in ("image_grid_thw", "video_grid_thw"))
             grids = [grid for grid in grids if grid is not None]
             # The trainer takes it out. Plain numbers: counting them never waits for the device.
-            batch["shown"] = {
+            batch["counts"] = {
                 "images": images,
                 "clips": clips,
                 "lengths": lengths,

@@ -192,7 +192,7 @@ class Encoder:
         except (ClipError, TemplateError) as error:
             raise DatasetError(f"{conversation.name}: {error}") from error
         except (JinjaError, TypeError) as error:
-            raise DatasetError(f"{conversation.name}: the model's chat template cannot write it ({error})") from error
+            raise DatasetError(f"{conversation.name}: the model's chat template cannot render it ({error})") from error
 
     def _fit(self, conversation: Conversation, planned: list[PlannedClip]) -> list[Clip] | None:
         """The clips, smaller by as little as makes the record fit; None if nothing does. All go down together."""

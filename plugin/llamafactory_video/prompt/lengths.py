@@ -179,9 +179,9 @@ def check_lengths(
         if kind == "shrunk":
             log(f"{name}: clips of {len(lines)} of {len(records)} records are made smaller to fit the cutoff:\n{text}")
             continue
-        advice = "`video_fit: shrink` makes clips of records over the cutoff smaller."
+        advice = "With `video_fit: shrink`, clips of records over the cutoff are made smaller."
         raise DatasetError(
-            f"{name}: {len(lines)} of {len(records)} records cannot be shown whole:\n{text}"
+            f"{name}: {len(lines)} of {len(records)} records cannot be used:\n{text}"
             + (f"\n{advice}" if any("are more than cutoff_len" in line for line in lines) else ""),
             len(lines),
         )

@@ -84,7 +84,9 @@ def expand_pads(
     ):
         found = ids.count(pad_id)
         if found != len(counts):
-            raise TemplateError(f"the prompt holds {found} {name} where {len(counts)} belong; remove it from texts")
+            raise TemplateError(
+                f"the prompt holds {found} {name} but {len(counts)} are expected; remove it from texts"
+            )
     runs = [(at, next(repeats[token])) for at, token in enumerate(ids) if token in repeats]
 
     def expand(values: list[int]) -> list[int]:
@@ -166,7 +168,7 @@ def encode_text(tokenizer: Any, text: str, thinking: bool) -> tuple[list[int], l
     A token that begins before the answer and reaches into it (newlines merge) counts as said.
 
     A thinking model is asked with `<think>` and a newline. In one piece, that newline would merge with those of an
-    empty thought, and the model would never learn to go on from how it is asked. So there, and only there, the text
+    empty thought, and the model would never learn to continue from how it is asked. So there, and only there, the text
     is cut where the assistant begins to speak.
 
     Returns:

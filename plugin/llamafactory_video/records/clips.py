@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..media import ROLES, WHOLE_SETTINGS, Clip
-from .json_text import read_json, show
+from .json_text import quote, read_json
 
 
 @dataclass(frozen=True)
@@ -68,25 +68,25 @@ class ClipParser:
         if value is None:
             return None
         if not isinstance(value, int | float) or isinstance(value, bool) or (whole and value % 1):
-            self.wrong(field, show(value), "a whole number is needed" if whole else "a number is needed")
+            self.wrong(field, quote(value), "a whole number is needed" if whole else "a number is needed")
         elif not least <= value < math.inf:
-            self.wrong(field, show(value), f"it must be at least {least:g}")
+            self.wrong(field, quote(value), f"it must be at least {least:g}")
         else:
             return int(value) if whole else float(value)
         return None
 
     def media_path(self, value: Any, field: str, kind: str) -> str | None:
         if not isinstance(value, str) or not value:
-            self.wrong(field, show(value), f"the path of a {kind} is needed")
+            self.wrong(field, quote(value), f"the path of a {kind} is needed")
             return None
         if value.startswith("file://"):
             value = value[len("file://") :]
         if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://|data:", value):
-            self.wrong(field, show(value), "addresses are not fetched; download the file and give its path")
+            self.wrong(field, quote(value), "addresses are not fetched; download the file and give its path")
             return None
         path = self.find(value)
         if path is None:
-            self.wrong(field, f"no file {show(value)}", "give a path relative to media_dir, or an absolute one")
+            self.wrong(field, f"no file {quote(value)}", "give a path relative to media_dir, or an absolute one")
         return path
 
     def clip(self, value: Any, field: str) -> Clip | None:
@@ -97,7 +97,7 @@ class ClipParser:
         if isinstance(value, list):
             value = {"frames": value}
         if not isinstance(value, dict):
-            self.wrong(field, show(value), "a path, a list of frame pictures or an object with `path` is needed")
+            self.wrong(field, quote(value), "a path, a list of frame pictures or an object with `path` is needed")
             return None
         known = [f.name for f in fields(Clip)]
         value = self.utils_names(value, field)
@@ -106,22 +106,22 @@ class ClipParser:
                 self.wrong(f"{field}.{key}", "unknown setting", f"known are {', '.join(known)}")
         frames = value.get("frames") or []
         if ("path" in value) == bool(frames):
-            self.wrong(field, show(value), "exactly one of `path` and `frames` is needed")
+            self.wrong(field, quote(value), "exactly one of `path` and `frames` is needed")
             return None
         if not isinstance(frames, list):
-            self.wrong(f"{field}.frames", show(frames), "a list of picture paths is needed")
+            self.wrong(f"{field}.frames", quote(frames), "a list of picture paths is needed")
             return None
         path = self.media_path(value["path"], f"{field}.path", "video") if "path" in value else None
         pictures = [self.media_path(frame, f"{field}.frames[{i}]", "picture") for i, frame in enumerate(frames)]
         times = value.get("times") or []
         if not isinstance(times, list):
-            self.wrong(f"{field}.times", show(times), "a list of seconds is needed")
+            self.wrong(f"{field}.times", quote(times), "a list of seconds is needed")
             times = []
         seconds = [self.number(time, f"{field}.times[{i}]", 0, whole=False) for i, time in enumerate(times)]
         if times and len(times) != len(frames):
             self.wrong(f"{field}.times", f"{len(times)} times", f"one for each of the {len(frames)} frames is needed")
         if None not in seconds and any(b <= a for a, b in itertools.pairwise(seconds)):
-            self.wrong(f"{field}.times", show(times), "times must increase from frame to frame")
+            self.wrong(f"{field}.times", quote(times), "times must increase from frame to frame")
         if times and value.get("frame_rate") is not None:
             self.wrong(f"{field}.frame_rate", "stands beside times", "keep one of the two")
         if path is not None and (times or value.get("frame_rate") is not None):
@@ -137,7 +137,7 @@ class ClipParser:
         if settings["fps"] is not None and settings["nframes"] is not None:
             self.wrong(f"{field}.nframes", "stands beside fps", "keep one of the two")
         if settings["end"] is not None and settings["end"] <= (settings["start"] or 0):
-            self.wrong(f"{field}.end", show(value["end"]), f"it must be after start, {settings['start'] or 0:g} s")
+            self.wrong(f"{field}.end", quote(value["end"]), f"it must be after start, {settings['start'] or 0:g} s")
         if None in pictures or None in seconds or (path is None and not frames):
             return None
         return Clip(path=path, frames=tuple(pictures), times=tuple(seconds), **settings)
@@ -152,7 +152,7 @@ class ClipParser:
         if clip.get("frames"):
             return {**clip, "frame_rate": sampled if raw is None else raw}
         if raw is not None:
-            self.wrong(f"{field}.raw_fps", show(raw), "it belongs to a list of frames; a file has its own frame rate")
+            self.wrong(f"{field}.raw_fps", quote(raw), "it belongs to a list of frames; a file has its own frame rate")
         elif "fps" in clip:
             self.wrong(f"{field}.sample_fps", "stands beside fps", "keep fps")
         else:

@@ -87,7 +87,7 @@ def json_text(value: Any, indent: int | None = None) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def show(value: Any, limit: int = 60) -> str:
+def quote(value: Any, limit: int = 60) -> str:
     """A value as it looks in an error message."""
     text = json_text(value) if isinstance(value, dict | list | str | bool | RawNumber | None) else repr(value)
     return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -25,7 +25,7 @@ from ..media import (
     strip_around_placeholders,
 )
 from .clips import ClipParser, Problem, RecordKeys, misspelt
-from .json_text import json_text, read_json, show
+from .json_text import json_text, quote, read_json
 
 
 def is_text_items(value: Any) -> bool:
@@ -49,7 +49,7 @@ class _RecordParser(ClipParser):
             if kind == "text" and isinstance(item.get("text"), str):
                 if IMAGE_PLACEHOLDER in item["text"] or VIDEO_PLACEHOLDER in item["text"]:
                     self.wrong(
-                        f"{where}.text", show(item["text"]), "in a list, media stand as items, not as placeholders"
+                        f"{where}.text", quote(item["text"]), "in a list, media stand as items, not as placeholders"
                     )
                 text += item["text"]
             elif kind in ("image", "image_url"):
@@ -69,7 +69,7 @@ class _RecordParser(ClipParser):
                 videos.append(self.clip({**value, **settings} if settings else value, f"{where}.{kind}"))
                 text += VIDEO_PLACEHOLDER
             else:
-                self.wrong(where, show(item), 'an item {"type": "text"|"image"|"video", …} is needed')
+                self.wrong(where, quote(item), 'an item {"type": "text"|"image"|"video", …} is needed')
         return text
 
     def turn_text(self, role: str, value: Any, field: str, key: str, images: list, videos: list) -> str:
@@ -79,7 +79,7 @@ class _RecordParser(ClipParser):
             texts = [item.get("text") if isinstance(item, dict) and item["type"] == "text" else None for item in value]
             if all(isinstance(text, str) for text in texts):
                 return "".join(texts)
-            self.wrong(field, show(value), 'items {"type": "text", "text": …} alone are needed here')
+            self.wrong(field, quote(value), 'items {"type": "text", "text": …} alone are needed here')
             return ""
         if role == ASSISTANT and value is not None and not isinstance(value, str):
             return json_text(value, self.indent)
@@ -88,14 +88,14 @@ class _RecordParser(ClipParser):
         if isinstance(value, list) and role != SYSTEM:
             return self.content_items(value, field, images, videos)
         if not isinstance(value, str):
-            self.wrong(field, show(value), "a text is needed")
+            self.wrong(field, quote(value), "a text is needed")
             return ""
         return strip_around_placeholders(value) if role == USER else value
 
     def turns(self, record: dict, images: list, videos: list) -> list[tuple[str, str]]:
         name, turns = self.pick(record, self.keys.messages)
         if not isinstance(turns, list) or not turns:
-            found = "missing" if turns is None else show(turns)
+            found = "missing" if turns is None else quote(turns)
             self.wrong(name, found, 'a list of turns {"from": "human"|"gpt", "value": …} is needed')
             return []
         messages = []
@@ -103,13 +103,13 @@ class _RecordParser(ClipParser):
         for i, turn in enumerate(turns):
             where = f"{name}[{i}]"
             if not isinstance(turn, dict):
-                self.wrong(where, show(turn), 'an object {"from": …, "value": …} is needed')
+                self.wrong(where, quote(turn), 'an object {"from": …, "value": …} is needed')
                 continue
             role_key, role_name = self.pick(turn, self.keys.role, f"{where}.")
             content_key, value = self.pick(turn, self.keys.content, f"{where}.")
             role = roles.get(role_name) if isinstance(role_name, str) else None
             if role is None:
-                found = "missing" if role_name is None else f"unknown role {show(role_name)}"
+                found = "missing" if role_name is None else f"unknown role {quote(role_name)}"
                 self.wrong(f"{where}.{role_key}", found, f"known are {', '.join(roles)}")
                 continue
             field = f"{where}.{content_key}"
@@ -144,14 +144,14 @@ class _RecordParser(ClipParser):
         if isinstance(value, str):
             turn, problems = read_json(value)
             if problems:
-                self.wrong(field, f"{show(value)}: {problems[0]}", "JSON of a call is needed")
+                self.wrong(field, f"{quote(value)}: {problems[0]}", "JSON of a call is needed")
                 return value
         if not (isinstance(turn, dict) and "tool_calls" in turn):
             turn = {"content": "", "tool_calls": turn if isinstance(turn, list) else [turn]}
         calls = turn["tool_calls"] if isinstance(turn["tool_calls"], list) else [None]
         functions = [call.get("function", call) if isinstance(call, dict) else None for call in calls]
         if not all(isinstance(f, dict) and isinstance(f.get("name"), str) and "arguments" in f for f in functions):
-            self.wrong(field, show(value), 'calls {"name": …, "arguments": {…}} are needed')
+            self.wrong(field, quote(value), 'calls {"name": …, "arguments": {…}} are needed')
         return json_text({"content": turn["content"], "tool_calls": [{"function": f} for f in functions]})
 
     def check_order(self, roles: list[str], name: str) -> None:
@@ -204,7 +204,7 @@ class _RecordParser(ClipParser):
 
     def parse(self, record: Any) -> Conversation:
         if not isinstance(record, dict):
-            self.wrong("record", show(record), "a JSON object is needed")
+            self.wrong("record", quote(record), "a JSON object is needed")
             return Conversation([])
         images: list = []
         videos: list = []
@@ -223,13 +223,13 @@ class _RecordParser(ClipParser):
                 self.wrong(self.keys.system[0], "stands beside a system turn", "keep one of the two")
             system, messages = messages[0][1], messages[1:]
         if system is not None and not isinstance(system, str):
-            self.wrong(self.keys.system[0], show(system), "a text is needed")
+            self.wrong(self.keys.system[0], quote(system), "a text is needed")
             system = None
         self.check_layout(self.keys.system[0], system or "")
         _, tools = self.pick(record, self.keys.tools)
         listed, problems = read_json(tools) if isinstance(tools, str) and tools else (tools or [], [])
         if problems or not isinstance(listed, list) or not all(isinstance(tool, dict) for tool in listed):
-            self.wrong(self.keys.tools[0], show(tools), "a list of tools, or its JSON text, is needed")
+            self.wrong(self.keys.tools[0], quote(tools), "a list of tools, or its JSON text, is needed")
         tools = json_text(listed) if listed else ""
         self.check_layout(self.keys.tools[0], tools)
         return Conversation(messages, images, videos, system or "", tools, self.notes)

@@ -7,7 +7,7 @@ from typing import Any
 
 from .clips import Problem
 
-_SHOWN = 50  # problems printed; the report file has all
+_LISTED = 50  # problems printed; the report file has all
 
 
 class DatasetError(ValueError):
@@ -35,7 +35,7 @@ class RawRecord:
     is_last: bool = False  # nothing after it can be read
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         return f"{self.file}, record {self.number}" + (f" (line {self.line})" if self.line else "")
 
 
@@ -50,16 +50,16 @@ class WrongRecords:
 
     def add(self, record: RawRecord, problems: list[Problem]) -> None:
         self.records += 1
-        self.lines.extend(f"{record.place}: {problem}" for problem in problems)
+        self.lines.extend(f"{record.location}: {problem}" for problem in problems)
         self.cut_off |= record.is_last
 
     def note(self, record: RawRecord, notes: list[str]) -> None:
         for note in notes:
-            self.notes.setdefault(note, [0, record.place])[0] += 1
+            self.notes.setdefault(note, [0, record.location])[0] += 1
 
     def text(self, report: Path | None) -> str:
-        shown = "\n".join(f"  {line}" for line in self.lines[:_SHOWN])
-        more = len(self.lines) - _SHOWN
+        shown = "\n".join(f"  {line}" for line in self.lines[:_LISTED])
+        more = len(self.lines) - _LISTED
         rest = f"\n  … and {more} more" if more > 0 else ""
         return f"{shown}{rest}" + (f"\nAll of them are listed in {report}." if report else "")
 

@@ -145,7 +145,7 @@ def load_conversations(
                     wrong.add(record, problems)
                 else:
                     wrong.note(record, conversation.notes)
-                    rows.append(layout.to_row(replace(conversation, source=record.place)))
+                    rows.append(layout.to_row(replace(conversation, source=record.location)))
                 if len(rows) >= _ROWS:
                     writer.write(pa.RecordBatch.from_pylist(rows, schema=layout.features.arrow_schema))
                     rows.clear()
@@ -186,7 +186,7 @@ def check_rows(
             wrong.add(record, problems)
         else:
             wrong.note(record, conversation.notes)
-            good.append(layout.to_row(replace(conversation, source=record.place)))
+            good.append(layout.to_row(replace(conversation, source=record.location)))
     report_wrong(wrong, Path(name), len(rows), skip_wrong, name, report_dir, log)
     return datasets.Dataset.from_list(good, features=layout.features)
 

@@ -82,12 +82,12 @@ def build_cache(recipe: Path, overrides: list[str], jobs: int | None) -> int:
     )
     print("\n".join(f"  {problem}" for problem in problems), end="\n" if problems else "")
     if notes:
-        print("Shown as far as they can be decoded:")
+        print("Used as far as they can be decoded:")
         print("\n".join(f"  {note}" for note in notes))
     print(f"{cache.folder}: {size.clips} clips in {size.bytes / GIB:.2f} GiB of at most {cache.limit / GIB:.1f} GiB")
     if size.bytes > 0.75 * cache.limit:
         print(
-            "The cache is nearly full: what was used longest ago leaves it. For larger data sets raise video_cache_gb."
+            "The cache is nearly full, and evicts what was used longest ago. For larger data sets raise video_cache_gb."
         )
     return wrong + len(problems)
 
@@ -147,15 +147,15 @@ def map_settings(words: list[str], kind: str | None, clip: str | None, as_json: 
             info = probe(clip)[0].info
         else:
             raise MappingError(f"--clip {clip}: no such file, and not of the form 15s@30,1280x720")
-    told = convert(text, kind, info)
+    report = convert(text, kind, info)
     if clip is not None and Path(clip).is_file():
         counted = f"{info.num_frames} frames, counted from its packets; other tools believe the file's header"
-        told["notes"].append(("--clip", counted))
+        report["notes"].append(("--clip", counted))
     if as_json:
-        print(json.dumps(told, ensure_ascii=False, indent=2))
+        print(json.dumps(report, ensure_ascii=False, indent=2))
         return
-    print(result_text(told))
-    for line in remarks(told, info):
+    print(result_text(report))
+    for line in remarks(report, info):
         print(f"# {line}")
 
 
@@ -187,7 +187,7 @@ def main() -> None:
         "cache",
         help="decode a recipe's clips before training; look at the cache of frames, or empty it",
         description="Training keeps decoded frames on disk by itself. `build` decodes all clips of a recipe ahead, on a "
-        "machine without a GPU, say; stopped and started again it goes on where it was. `info` tells what is there, "
+        "machine without a GPU, say; interrupted and started again, it continues where it was. `info` tells what is there, "
         "`clear` removes it.",
     )
     caching.add_argument("action", choices=("build", "info", "clear"))
@@ -214,7 +214,7 @@ def main() -> None:
     except (ValueError, OSError, yaml.YAMLError) as error:
         sys.exit(f"lmf-video: {error}")
     except KeyboardInterrupt:
-        print("lmf-video: stopped; what is done is kept, and the next call goes on from there", file=sys.stderr)
+        print("lmf-video: interrupted; finished work is kept, and the next call continues from there", file=sys.stderr)
         sys.exit(130)
 
 

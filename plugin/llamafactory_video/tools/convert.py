@@ -39,7 +39,7 @@ def clip_plans(mapped: Mapped, info: ClipInfo) -> list[FramePlan]:
         numbers = {key: value for key, value in mapped.recipe.items() if _SAMPLING.fullmatch(key)}
         for dialect in ("qwen_finetune", "qwen_vl_utils"):
             try:
-                text = shown_text(Mapped("recipe", numbers | {"video_sampling": dialect}).plan(info))
+                text = plan_text(Mapped("recipe", numbers | {"video_sampling": dialect}).plan(info))
             except MappingError as error:
                 text = str(error)
             mapped.note(f"video_sampling: {dialect}", f"the same numbers would mean, for the example clip: {text}")
@@ -48,7 +48,7 @@ def clip_plans(mapped: Mapped, info: ClipInfo) -> list[FramePlan]:
     return plans
 
 
-def shown(plan: FramePlan) -> dict[str, Any]:
+def describe_plan(plan: FramePlan) -> dict[str, Any]:
     """A plan in numbers: frames, size in pixels (h, w), grid in patches (t, h, w), visual tokens, times in seconds."""
     return {
         "frames": len(plan.indices), "size": [plan.height, plan.width], "grid": list(plan.grid),
@@ -56,8 +56,8 @@ def shown(plan: FramePlan) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def shown_text(plan: FramePlan) -> str:
-    numbers = shown(plan)
+def plan_text(plan: FramePlan) -> str:
+    numbers = describe_plan(plan)
     times = ", ".join(f"{time:.1f}" for time in plan.timestamps[:3])
     return (
         f"{numbers['frames']} frames of {plan.height} x {plan.width} (h x w), grid {numbers['grid']}, "
@@ -83,24 +83,24 @@ def convert(text: str, kind: str | None = None, info: ClipInfo = EXAMPLE) -> dic
     plans = clip_plans(mapped, info)
     return {
         "from": mapped.source, "result": mapped.recipe, "clips": mapped.clips,
-        "example": [{"text": shown_text(plan), **shown(plan)} for plan in plans], "notes": mapped.notes,
+        "example": [{"text": plan_text(plan), **describe_plan(plan)} for plan in plans], "notes": mapped.notes,
     }  # fmt: skip
 
 
-def result_text(told: dict[str, Any]) -> str:
+def result_text(report: dict[str, Any]) -> str:
     """The recipe alone, as YAML."""
-    return yaml.safe_dump(told["result"], sort_keys=False, allow_unicode=True, width=1000).rstrip()
+    return yaml.safe_dump(report["result"], sort_keys=False, allow_unicode=True, width=1000).rstrip()
 
 
-def remarks(told: dict[str, Any], info: ClipInfo) -> list[str]:
+def remarks(report: dict[str, Any], info: ClipInfo) -> list[str]:
     """What is to be said beside the result, a line each."""
     lines = []
-    if any(clip.keys() - {"path"} for clip in told["clips"]):
+    if any(clip.keys() - {"path"} for clip in report["clips"]):
         lines += ["In the records, what is set for single clips:"]
-        lines += [f'  "video": {json.dumps(clip, ensure_ascii=False)}' for clip in told["clips"]]
+        lines += [f'  "video": {json.dumps(clip, ensure_ascii=False)}' for clip in report["clips"]]
     lines.append(f"Example clip, {info.duration:g} s at {info.fps:g} frames/s, {info.width} x {info.height}:")
-    lines += [f"  {plan['text']}" for plan in told["example"]]
+    lines += [f"  {plan['text']}" for plan in report["example"]]
     said: dict[str, list[str]] = {}  # what holds for several names is said once
-    for name, text in told["notes"]:
+    for name, text in report["notes"]:
         said.setdefault(text, []).append(name)
     return lines + [f"{', '.join(names)}: {text}" for text, names in said.items()]

@@ -33,14 +33,14 @@ class GradientAudit:
 
     Attributes:
         pending: layers that are not judged yet.
-        shown: set it when a micro-batch shows a clip or picture; without one anywhere, vision is judged in a later
+        saw_vision: set it when a micro-batch shows a clip or picture; without one anywhere, vision is judged in a later
             step.
     """
 
     def __init__(self, named_parameters: Iterable[tuple[str, torch.nn.Parameter]], from_hooks: bool) -> None:
         trained = [(_layer(name), p) for name, p in named_parameters if p.requires_grad]
         self._largest: dict[str, torch.Tensor] = {}
-        self.shown = False
+        self.saw_vision = False
         self.pending = list(dict.fromkeys(layer for layer, _ in trained))
         self._handles = [
             (layer, p.register_hook(lambda gradient, layer=layer: self._note(layer, gradient)))
@@ -73,18 +73,18 @@ class GradientAudit:
         """
         values = [self._largest.get(layer) for layer in self.pending]
         numbers = torch.stack(
-            [torch.tensor(float(self.shown), device=device)]
+            [torch.tensor(float(self.saw_vision), device=device)]
             + [torch.tensor(MISSING, device=device) if v is None else v.to(device) for v in values]
         )
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(numbers, dist.ReduceOp.MAX)
-        shown, *found = numbers.tolist()
+        saw_vision, *found = numbers.tolist()
         self._largest.clear()
-        self.shown = False
+        self.saw_vision = False
         faults: dict[str, list[str]] = {"missing": [], "zero": [], "not finite": []}
         later = []
         for layer, largest in zip(self.pending, found, strict=True):
-            if (not shown and module_of(layer) != "language_model") or (scaled and largest == torch.inf):
+            if (not saw_vision and module_of(layer) != "language_model") or (scaled and largest == torch.inf):
                 later.append(layer)
             elif largest == MISSING:
                 faults["missing"].append(layer)

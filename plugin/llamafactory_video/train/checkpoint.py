@@ -34,12 +34,12 @@ def last_whole_checkpoint(folder: str | Path) -> str | None:
 
 
 def holds_optimizer(checkpoint: Path) -> bool:
-    """Whether a run can go on from it: state of the optimizer, as torch, FSDP or DeepSpeed names it, is there."""
+    """Whether a run can resume from it: it has an optimizer state, as torch, FSDP or DeepSpeed names it."""
     return any(path.name.startswith(_OPTIMIZER) for path in checkpoint.iterdir())
 
 
 def check_resumable(checkpoint: Path, finetuning_type: str, adapter: dict[str, tuple[str, Any]] | None) -> None:
-    """See that a run of the recipe can go on from a checkpoint.
+    """Check that a run of the recipe can resume from a checkpoint.
 
     Args:
         adapter: of a recipe that trains one, by their names in adapter_config.json: keys of the recipe that the
@@ -60,22 +60,22 @@ def check_resumable(checkpoint: Path, finetuning_type: str, adapter: dict[str, t
     key = "adapter_name_or_path" if is_adapter else "model_name_or_path"
     if not has_state:
         raise ValueError(
-            f"resume_from_checkpoint: {checkpoint} has no trainer_state.json, so it is no whole checkpoint of a run. "
+            f"resume_from_checkpoint: {checkpoint} has no trainer_state.json, so it is not a complete checkpoint. "
             f"`{key}: {checkpoint}` starts a new run from weights that it holds"
         )
     if is_adapter != (adapter is not None):
         raise ValueError(f"{checkpoint} is of another finetuning_type than {finetuning_type}; give another output_dir")
     if not has_optimizer:
         raise ValueError(
-            f"{checkpoint} holds weights alone (save_only_model), so no run can go on from it. Give another output_dir; "
+            f"{checkpoint} holds only weights (save_only_model), so no run can resume from it. Give another output_dir; "
             f"`{key}: {checkpoint}` starts a new run from these weights"
         )
     config = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8")) if adapter else {}
     for name, (recipe_key, value) in (adapter or {}).items():
         if config.get(name, value) != value:
             raise ValueError(
-                f"{checkpoint} was trained with {recipe_key} {config[name]}, and the recipe has {value}; a run goes on "
-                "with what its checkpoint has. Give that, or another output_dir for a new run"
+                f"{checkpoint} was trained with {recipe_key} {config[name]}, and the recipe has {value}; a resumed "
+                "run keeps its checkpoint's value. Give that, or another output_dir for a new run"
             )
 
 
@@ -106,7 +106,9 @@ def explain(error: Exception, checkpoint: Path) -> CheckpointError:
     folder = checkpoint.parent
     free = shutil.disk_usage(folder).free / _GIB
     before = last_whole_checkpoint(folder)
-    advice = f"{before} is whole: the next start goes on from there." if before else "There is no earlier checkpoint."
+    advice = (
+        f"{before} is complete: the next start resumes from there." if before else "There is no earlier checkpoint."
+    )
     return CheckpointError(
         f"{checkpoint} could not be written, {free:.2f} GiB are free on its disk: {error}\n{advice} Make room, or give "
         "another output_dir; save_total_limit and save_only_model make checkpoints take less."
@@ -126,7 +128,7 @@ class WholeCheckpoints(Trainer):
         self._saved_processor, self._tell, self._saving = kwargs.get("processor"), log, False
 
     def remove_checkpoints(self) -> None:
-        """Of a run that this one overwrites: once killed, it would go on from them."""
+        """Remove those of a run that this one overwrites; once killed, it would resume from them."""
         if self.is_local_process_zero():
             old = [path for path in Path(self.args.output_dir).glob("checkpoint-*") if path.name[11:].isdecimal()]
             for path in old:

@@ -177,9 +177,9 @@ def describe_run(
         model_args, data_args, training_args: what it was parsed into.
         processor: the model's, or None.
         eval_dataset: one, several by name, or None.
-        earlier: the record of the run that it goes on from; its history is kept.
-        step: the one from which it goes on.
-        another: it goes on from another run, in a folder of its own.
+        earlier: the record of the run that it resumes; its history is kept.
+        step: the one from which it resumes.
+        another: it resumes another run, in a new folder.
     """
     parts = {"train": train_dataset}
     if isinstance(eval_dataset, dict):

@@ -41,17 +41,17 @@ class Throughput:
         if self._since is None:
             self._since = time.perf_counter()
 
-    def add(self, shown: dict[str, Any]) -> None:
+    def add(self, counts: dict[str, Any]) -> None:
         """Count a micro-batch.
 
         Args:
-            shown: `clips`, how many; `lengths`, of its samples in tokens, (n,); `grids`, (t, h, w) of all that
+            counts: `clips`, how many; `lengths`, of its samples in tokens, (n,); `grids`, (t, h, w) of all that
                 the vision tower sees, (m, 3).
         """
-        self._clips += shown["clips"]
-        self._tokens += sum(shown["lengths"])
+        self._clips += counts["clips"]
+        self._tokens += sum(counts["lengths"])
         if self._counts_flops:
-            self._flops += training_flops(self._config, shown["lengths"], shown["grids"], self._trains)
+            self._flops += training_flops(self._config, counts["lengths"], counts["grids"], self._trains)
 
     def read(self, gather: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
         """Figures of all processes together; starts anew.

@@ -24,7 +24,7 @@ from .throughput import Throughput
 from .vision_once import call_vision_once
 
 IGNORE_INDEX = -100
-# The optimizer's state brings them along, so what a recipe says of them is not used when a run goes on.
+# The optimizer's state brings them along, so a recipe's values are not used when a run resumes.
 _IN_CHECKPOINT = (
     *("learning_rate", "vision_tower_lr", "mm_projector_lr", "weight_decay"),
     *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon"),
@@ -134,11 +134,11 @@ class VideoTrainer(WholeCheckpoints):
         return batches, items
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        shown = inputs.pop("shown", None)
-        if shown is not None and self._audit is not None:
-            self._audit.shown |= shown["images"] + shown["clips"] > 0
-        if shown is not None and self._throughput is not None and self.model.training:
-            self._throughput.add(shown)
+        counts = inputs.pop("counts", None)
+        if counts is not None and self._audit is not None:
+            self._audit.saw_vision |= counts["images"] + counts["clips"] > 0
+        if counts is not None and self._throughput is not None and self.model.training:
+            self._throughput.add(counts)
         return super()._prepare_inputs(inputs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -174,7 +174,7 @@ class VideoTrainer(WholeCheckpoints):
                 + "Lower the learning rates, in another output_dir"
             )
             if self._gradient_check == "error":
-                raise GradientError(f"{text}; `gradient_check: warn` goes on all the same.")
+                raise GradientError(f"{text}; `gradient_check: warn` continues anyway.")
             self._tell(text)
 
     def _check_unlogged(self) -> None:
@@ -241,17 +241,17 @@ class VideoTrainer(WholeCheckpoints):
             if self._gradient_check == "error":
                 raise GradientError(
                     f"{text}Freeze what is not meant to train (freeze_vision_tower, freeze_multi_modal_projector, "
-                    "freeze_language_model, lora_target); a gradient that is not finite comes from weights that are "
-                    "lost, or a rate that is too high. `gradient_check: warn` goes on all the same."
+                    "freeze_language_model, lora_target); a gradient that is not finite means broken "
+                    "weights, or a learning rate that is too high. `gradient_check: warn` continues anyway."
                 )
             self._tell(text)
 
     # --- The record of the run ---
 
     def begin_record(self) -> None:
-        """Write `run.json` into the output folder; a run that goes on keeps what was written before.
+        """Write `run.json` into the output folder; a resumed run keeps what was written before.
 
-        What it goes on from is read where that lies: another run's checkpoint is as good as one's own.
+        The earlier record is read beside the checkpoint, which may be another run's.
 
         Raises:
             CheckpointError: if the recipe asks for what the checkpoint decides, or nothing is left to train.
@@ -345,7 +345,7 @@ class _StepWatch(TrainerCallback):
         steps = self.trainer.accelerator.gather(torch.tensor([state.global_step], device=args.device)).tolist()
         if len(set(steps)) > 1:
             raise CheckpointError(
-                f"processes would go on from different steps ({', '.join(map(str, steps))}): nodes with disks of their own "
+                f"processes would resume from different steps ({', '.join(map(str, steps))}): nodes with disks of their own "
                 "were killed between two checkpoints. Remove the newer one where there is one"
             )
         self.trainer._resumed_at = state.global_step

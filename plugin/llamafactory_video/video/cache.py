@@ -28,18 +28,13 @@ import PIL
 import torch
 import torchvision
 import xxhash
+from filelock import FileLock, Timeout
 
 from ..digest import code_digest
 from . import codecs, damage, decode, orientation, probe, sampling
 from .orientation import Orientation
 from .probe import VideoFile
 from .sampling import ClipInfo, FramePlan
-
-try:
-    import fcntl
-except ImportError:  # not a Unix: sweeps of several processes may overlap, which costs time alone
-    fcntl = None
-
 
 logger = logging.getLogger(__name__)
 # What else decides on a frame's values; the first number is that of our own decoding.
@@ -217,17 +212,15 @@ class FrameCache:
     def _give_up(self, reason: str) -> None:
         self._broken = True
         logger.warning(
-            "The frame cache %s takes no more (%s). All goes on, and clips that it does not hold are decoded each time "
-            "they are shown.",
+            "The frame cache %s is read-only from here (%s). Training continues; clips that it does not hold are decoded "
+            "on every use.",
             self.folder,
             reason,
         )
 
     def sweep(self) -> None:
         """Let the oldest entries leave if the limit is near; one process at a time."""
-        with contextlib.suppress(OSError), open(self.folder / "lock", "w") as lock:
-            if fcntl is not None:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.suppress(OSError, Timeout), FileLock(self.folder / "lock", timeout=0):
             entries = sorted([*_entries(self.folder / "frames"), *_entries(self.folder / "files")])
             total = sum(size for _, size, _ in entries)
             goal = self.limit * _LOW if total > self.limit * _HIGH else total

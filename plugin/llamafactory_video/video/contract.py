@@ -68,7 +68,7 @@ def read_contract(file: Path) -> Contract:
         return Contract(Sampling(**clips), (images["min_pixels"], images["max_pixels"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{file}: {what}. Write it anew by exporting or training, or remove it") from error
+        raise ValueError(f"{file}: {what}. Export or train again to rewrite it, or remove it") from error
 
 
 def agreed(found: Sequence[tuple[str, Contract]]) -> tuple[str, Contract] | None:
@@ -80,7 +80,7 @@ def agreed(found: Sequence[tuple[str, Contract]]) -> tuple[str, Contract] | None
     for name, contract in found[1:]:
         if contract != found[0][1]:
             raise ValueError(
-                f"the adapters {found[0][0]} and {name} were trained with other sampling: "
+                f"the adapters {found[0][0]} and {name} were trained with different sampling: "
                 f"{difference(found[0][1], contract)}. Use adapters that agree, or merge one of them first"
             )
     return found[-1] if found else None

@@ -78,7 +78,7 @@ def decode_frames(
         DisagreementError: if the file yields other frames than its packets promised.
         ClipError: if it takes too long, or cannot be opened.
     """
-    shown = np.empty((len(plan.indices), plan.height, plan.width, 3), np.uint8)
+    result = np.empty((len(plan.indices), plan.height, plan.width, 3), np.uint8)
     slots: dict[int, list[int]] = {}  # of each wanted frame: where in the result it stands
     for slot, index in enumerate(plan.indices):
         slots.setdefault(index, []).append(slot)
@@ -106,7 +106,7 @@ def decode_frames(
                     if not tolerant or number == 0:
                         _check_frame(frame, file)
                     picture = file.orientation.apply(frame.to_ndarray(format="rgb24"))
-                    shown[slots.pop(number)] = resize_frame(picture, plan)
+                    result[slots.pop(number)] = resize_frame(picture, plan)
                     if not slots:
                         return
 
@@ -148,7 +148,7 @@ def decode_frames(
         raise DisagreementError(f"cannot be decoded ({error.strerror})") from error
     if slots:
         raise DisagreementError(f"frame {min(slots)} is missing")
-    return shown
+    return result
 
 
 def decode_packets(
@@ -275,7 +275,7 @@ def _check_frame(frame: av.VideoFrame, file: VideoFile) -> None:
     if (frame.height, frame.width) != (file.height, file.width):
         raise DisagreementError(f"frames are {frame.width} x {frame.height}, not {file.width} x {file.height}")
     if orientation_of(frame, file.orientation) != file.orientation:
-        raise DisagreementError("frames are turned otherwise than the track says")
+        raise DisagreementError("frames are rotated differently from what the track says")
 
 
 def _seek(

@@ -53,7 +53,7 @@ def resolve_sampling(
             total_pixels=given.get("video_total_pixels"),
         )
     except SamplingError as error:
-        raise SamplingError(f"{error} (what the recipe does not give comes from {source})") from error
+        raise SamplingError(f"{error} (defaults come from {source})") from error
 
 
 def image_bounds_of(given: dict[str, Any], bounds: tuple[int, int] | None) -> tuple[int, int] | None:

@@ -216,7 +216,7 @@ def _scan(container: av.container.InputContainer, stream: av.VideoStream) -> Pac
 def continued(
     pts: Sequence[int | None], dts: Sequence[int | None], keys: Sequence[bool], frame: int
 ) -> tuple[list[int | None], list[int]]:
-    """Time stamps that go on where they start anew, as a player has them for a file that was joined from parts.
+    """Time stamps that continue where a file's parts, joined into one, each start at zero again, as players show them.
 
     Args:
         pts, dts: of packets in decoding order.

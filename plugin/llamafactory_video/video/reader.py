@@ -259,7 +259,7 @@ class ClipReader:
                 self._packets.pop(next(iter(self._packets)), None)
             self._packets[path, file.stamp] = packets
         if known is not None:
-            logger.warning("%s has been replaced since it was last read; it is read anew.", path)
+            logger.warning("%s has been replaced since it was last read; it is read again.", path)
         if file.note:
             logger.warning("%s: %s.", path, file.note)
         self._keep(path, file, stored)
@@ -344,7 +344,7 @@ def _pictures_info(clip: Clip, default_rate: float) -> ClipInfo:
         for frame in clip.frames
     }
     if len(sizes) > 1:
-        raise ClipError(f"frames differ in size, {sorted(sizes)} (h, w); they must be alike")
+        raise ClipError(f"frames differ in size, {sorted(sizes)} (h, w); they must have the same size")
     height, width = sizes.pop()
     count = len(clip.frames)
     times = tuple(time - clip.times[0] for time in clip.times)

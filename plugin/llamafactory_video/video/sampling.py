@@ -106,7 +106,7 @@ class Sampling:
         for name in _UTILS_ONLY:
             value = getattr(self, name)
             if value is not None and self.dialect != "qwen_vl_utils":
-                raise SamplingError(f"{name} has a meaning in video_sampling: qwen_vl_utils alone, not {self.dialect}")
+                raise SamplingError(f"{name} works only with video_sampling: qwen_vl_utils, not {self.dialect}")
             if value is not None and value < 1:
                 raise SamplingError(f"{name} is {value}; it must be above 0")
         if (self.resized_height is None) != (self.resized_width is None):

@@ -71,7 +71,9 @@ def utils_smart_resize(height: int, width: int, factor: int, min_pixels: float, 
         new_height = math.floor(height / shrink / factor) * factor
         new_width = math.floor(width / shrink / factor) * factor
         if not new_height * new_width:
-            raise SamplingError(f"max_pixels {max_pixels:g} leaves nothing of a frame of {width} x {height}; raise it")
+            raise SamplingError(
+                f"max_pixels {max_pixels:g} leaves no pixels of a frame of {width} x {height}; raise it"
+            )
     elif new_height * new_width < min_pixels:
         grow = math.sqrt(min_pixels / (height * width))
         new_height = math.ceil(height * grow / factor) * factor
