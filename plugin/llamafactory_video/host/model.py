@@ -14,7 +14,6 @@ from .processor import (
     add_trained_tokens,
     apply_to_processor,
     clip_reader,
-    take_trained_processors,
     trained_contract,
 )
 
@@ -35,8 +34,6 @@ def extend_patcher(patcher: ModuleType) -> None:
         if not tokenizer.chat_template:
             tokenizer.chat_template = processor.chat_template
         found = trained_contract(model_args)
-        if found is None and model_args.video_sampling == "qwen_finetune":
-            take_trained_processors(processor, model_args.adapter_name_or_path or ())
         name, trained = found or ("", None)
         contract = apply_to_processor(
             model_args.video_sampling, model_args.given_video_keys, processor, model_args.video_timestamps, trained

@@ -178,17 +178,16 @@ def _check_keys_fit_template(model_args: Any, data_args: Any, finetuning_args: A
         given = {**LLAMAFACTORY_DEFAULTS, **model_args.given_video_keys}
         if given[least] > given[most]:
             raise ValueError(f"`{most}` cannot be smaller than `{least}`.")
-    ours = {
-        "video_sampling": model_args.video_sampling is not None,
-        "video_timestamps": model_args.video_timestamps is not None,
-        "video_min_frames": model_args.video_min_frames is not None,
-        "video_total_pixels": model_args.video_total_pixels is not None,
-        "video_fit": data_args.video_fit != "error",
-        "loss_normalization": finetuning_args.loss_normalization != "tokens",
-        "gradient_check": finetuning_args.gradient_check != "error",
-        "video_cache_dir": model_args.video_cache_dir is not None,
-        "video_cache_gb": model_args.video_cache_gb is not None,
-    }
-    given = next((name for name, set_ in ours.items() if set_), None)
+    # Those of our keys that do something only with our templates, at other values than their defaults.
+    keys = (
+        (
+            model_args,
+            "video_sampling video_timestamps video_min_frames video_total_pixels video_cache_dir video_cache_gb",
+        ),
+        (data_args, "video_fit"),
+        (finetuning_args, "loss_normalization gradient_check"),
+    )
+    names = [(given, name) for given, line in keys for name in line.split()]
+    given = next((name for args, name in names if getattr(args, name) != getattr(type(args), name)), None)
     if given:
         raise ValueError(f"{given} works with `template: {TEMPLATE}`; found template {data_args.template}")

@@ -1,12 +1,12 @@
 """A model's processor and tokenizer, as the recipe and the model's folder say how clips are sampled."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from copy import copy
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoProcessor, AutoTokenizer, Qwen3VLProcessor
+from transformers import AutoTokenizer, Qwen3VLProcessor
 from transformers.utils import cached_file
 
 from ..video.cache import GIB, FrameCache, default_folder
@@ -48,15 +48,6 @@ def frame_cache(keys: VideoModelKeys, log: Callable[[str], None]) -> FrameCache 
 def clip_reader(sampling: Sampling, keys: VideoModelKeys, log: Callable[[str], None]) -> ClipReader:
     """The reader of clips that a recipe asks for, with its cache."""
     return ClipReader(sampling, frame_cache(keys, log), keys.video_timeout, remote=int(keys.video_remote_gb * GIB))
-
-
-def take_trained_processors(processor: Any, adapters: Sequence[str]) -> None:
-    """Sample as the last adapter was trained: its folder holds the processor files that the base model's lack."""
-    for folder in reversed(adapters):
-        if Path(folder, "processor_config.json").is_file():
-            trained = AutoProcessor.from_pretrained(folder)
-            processor.video_processor, processor.image_processor = trained.video_processor, trained.image_processor
-            return
 
 
 def apply_to_processor(

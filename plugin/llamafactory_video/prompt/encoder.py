@@ -73,6 +73,7 @@ def encode_conversation(
     return expand_pads(*encode_text(tokenizer, whole, thinking), image_tokens, plans, *pads)
 
 
+@dataclass
 class Encoder:
     """Conversation -> `Sample`, made when it is asked for; and the frames of its plans.
 
@@ -85,23 +86,16 @@ class Encoder:
         last_turn_only: labels on the last answer alone (LLaMA-Factory's `mask_history`).
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        processor: Any,
-        reader: ClipReader,
-        cutoff_len: int,
-        shrink: bool = False,
-        thinking: bool = False,
-        default_system: str = "",
-        generation: bool = False,
-        train_on_prompt: bool = False,
-        last_turn_only: bool = False,
-    ) -> None:
-        self.tokenizer, self.processor, self.reader = tokenizer, processor, reader
-        self.cutoff_len, self.shrink = cutoff_len, shrink
-        self.thinking, self.default_system = thinking, default_system
-        self.generation, self.train_on_prompt, self.last_turn_only = generation, train_on_prompt, last_turn_only
+    tokenizer: Any
+    processor: Any
+    reader: ClipReader
+    cutoff_len: int
+    shrink: bool = False
+    thinking: bool = False
+    default_system: str = ""
+    generation: bool = False
+    train_on_prompt: bool = False
+    last_turn_only: bool = False
 
     def load(self, conversation: Conversation, sample: Sample | None = None) -> tuple[Sample, list[DecodedClip]]:
         """A sample and the frames of its clips, which agree: where a file yields other frames than planned, both are anew.
