@@ -17,7 +17,7 @@ ROOMS = {
     "records": {"media", "digest"},
     "video": {"media", "digest"},
     "prompt": {"media", "families", "records", "video"},
-    "train": {"media", "families", "records"},
+    "train": {"media", "families", "records", "prompt"},
     "host": {"media", "families", "records", "video", "prompt", "train", ""},
     "tools": {"media", "records", "video", "prompt", "host"},
     "demo": set(),

@@ -275,6 +275,7 @@ def test_a_step_without_a_supervised_token_has_the_loss_0():
     from llamafactory_video.train.trainer import VideoTrainer
 
     trainer = SimpleNamespace(args=SimpleNamespace(label_smoothing_factor=0.0), model=SimpleNamespace(training=True))
+    trainer._by_tokens = True
     labels = torch.full((1, 4), -100)
     for count in (0, torch.tensor(0)):
         loss = VideoTrainer.token_loss(trainer, {"logits": torch.zeros(1, 4, 5)}, labels, count)

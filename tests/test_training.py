@@ -17,7 +17,7 @@ from llamafactory.train.tuner import run_exp
 from llamafactory_video.host.recipe import recipe_data
 from llamafactory_video.prompt.pixels import token_type_ids, vision_inputs
 from llamafactory_video.records.report import DatasetError
-from llamafactory_video.train.vision_once import call_vision_once
+from llamafactory_video.train.flat import run_flat
 from processes import Run
 from runs import BATCH, LORA, STEPS, Start, steps, train, write_recipe
 from safetensors.torch import load_file
@@ -175,7 +175,7 @@ def test_images_and_clips_go_through_the_vision_tower_together(keys, folder):
         output.loss.backward()
         found.append((len(calls), output.logits, {n: p.grad.clone() for n, p in model.named_parameters()}))
         calls.clear()
-        call_vision_once(model.model)
+        run_flat(model.model)
     (twice, logits, gradients), (once, new_logits, new_gradients) = found
     assert (twice, once) == (2, 1)
     torch.testing.assert_close(new_logits, logits)

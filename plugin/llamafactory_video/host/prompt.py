@@ -4,7 +4,10 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, ClassVar
 
+import numpy as np
+
 from ..media import IMAGE_PLACEHOLDER, TOOL, USER, VIDEO_PLACEHOLDER, strip_around_placeholders
+from ..prompt.flat import lay_flat
 from ..prompt.pixels import count_image_tokens, token_type_ids, vision_inputs
 from ..prompt.tokens import (
     IGNORE_INDEX,
@@ -153,8 +156,6 @@ def extend_templates(template: ModuleType) -> None:
 
 def extend_collator(collator: ModuleType) -> None:
     """Token types at the width of the padded batch: the stock collator pads them less far than input_ids."""
-    import numpy as np
-
     stock = collator.SFTDataCollatorWith4DAttentionMask
 
     @dataclass
@@ -184,3 +185,27 @@ def extend_collator(collator: ModuleType) -> None:
             return batch
 
     replace_everywhere(collator, "SFTDataCollatorWith4DAttentionMask", SFTDataCollatorWith4DAttentionMask)
+
+
+class FlatCollator:
+    """Items of a data set, or packed rows of samples -> a flat micro-batch (`prompt.flat`).
+
+    Args:
+        table_side: rows and columns of the vision tower's table of position embeddings.
+    """
+
+    def __init__(self, processor: Any, table_side: int) -> None:
+        self.processor, self.table_side = processor, table_side
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        """What `lay_flat` makes."""
+        reader = clip_reader_of(self.processor)
+        samples, images, clips = [], [], []
+        for feature in features:
+            feature = feature["load"]() if "load" in feature else feature
+            images += feature["images"] or ()
+            clips += [_decode(video, reader) for video in feature["videos"] or ()]
+            # A packed row has its samples numbered from 1 in its mask, and 0 where it was filled up.
+            ids, labels, mask = (np.asarray(feature[name]) for name in ("input_ids", "labels", "attention_mask"))
+            samples += [(ids[mask == number], labels[mask == number]) for number in range(1, mask.max() + 1)]
+        return lay_flat(samples, images, clips, self.processor, reader.sampling, self.table_side)

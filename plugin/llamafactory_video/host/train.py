@@ -1,6 +1,7 @@
 """Our trainer, optimizer and record of the run in LLaMA-Factory's training."""
 
 import functools
+import math
 from copy import copy
 from types import ModuleType
 from typing import Any
@@ -11,6 +12,7 @@ from ..train.optimizer import given_rates, make_optimizer
 from ..train.run_record import describe_run
 from ..train.trainer import VideoTrainer
 from .core import is_ours, replace_everywhere
+from .prompt import FlatCollator
 from .recipe import resolved_recipe
 from .rows import LAYOUT
 
@@ -48,6 +50,8 @@ def extend_workflow(workflow: ModuleType) -> None:
         trainer = VideoSeq2SeqTrainer(
             loss_normalization=keys.loss_normalization,
             gradient_check=keys.gradient_check,
+            flat_collator=_flat_collator(kwargs) if keys.data_flatten else None,
+            compiled=keys.compile_layers,
             describe=functools.partial(
                 describe_run, resolved_recipe(arguments), *arguments[:3], kwargs["model"], kwargs["processor"], *data
             ),
@@ -78,6 +82,11 @@ def extend_workflow(workflow: ModuleType) -> None:
             workflow.CustomSeq2SeqTrainer, workflow.create_modelcard_and_push = stock, make_card
 
     replace_everywhere(workflow, "run_sft", run_sft)
+
+
+def _flat_collator(kwargs: dict[str, Any]) -> FlatCollator:
+    side = math.isqrt(kwargs["model"].config.vision_config.num_position_embeddings)
+    return FlatCollator(kwargs["processor"], side)
 
 
 def extend_optimizer(trainer_utils: ModuleType) -> None:

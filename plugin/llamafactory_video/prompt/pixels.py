@@ -14,8 +14,22 @@ from ..video.sampling import Sampling, SamplingError
 from ..video.sizes import image_size, tokens_of_image
 
 
-def frames_to_patches(frames: np.ndarray, video_processor: Any) -> torch.Tensor:
-    """Normalised patches of frames that have their planned size; those of `Qwen3VLVideoProcessor`, bit for bit.
+def normalise(patches: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """Patches as transformers' processors give them, bit for bit.
+
+    Args:
+        patches: (patches, 3 * pixels) uint8, colours one after another.
+        mean, std: of each colour in 0..255, (3,).
+
+    Returns:
+        The same in float32.
+    """
+    colours = patches.view(len(patches), 3, -1).float()
+    return colours.sub_(mean[:, None]).div_(std[:, None]).view(len(patches), -1)
+
+
+def frames_to_patches(frames: np.ndarray, video_processor: Any, normalised: bool = True) -> torch.Tensor:
+    """Patches of frames that have their planned size; normalised, those of `Qwen3VLVideoProcessor`, bit for bit.
 
     A patch is temporal_patch_size x patch_size x patch_size pixels; patches that are merged into a token lie together.
 
@@ -24,7 +38,8 @@ def frames_to_patches(frames: np.ndarray, video_processor: Any) -> torch.Tensor:
         video_processor: the model's own; transformers' Qwen3VLVideoProcessor.
 
     Returns:
-        (t * h * w, 3 * temporal_patch_size * patch_size**2) float32, with the grid (t, h, w) of the plan.
+        (t * h * w, 3 * temporal_patch_size * patch_size**2), with the grid (t, h, w) of the plan; float32, or uint8 if
+        not normalised.
     """
     patch, merge, temporal = (
         getattr(video_processor, name) for name in ("patch_size", "merge_size", "temporal_patch_size")
@@ -35,11 +50,14 @@ def frames_to_patches(frames: np.ndarray, video_processor: Any) -> torch.Tensor:
         count // temporal, temporal, height // side, merge, patch, width // side, merge, patch, 3
     )
     # -> time, row and column of the token, row and column in it, colour, frame, row and column in the patch
-    patches = split.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).contiguous().view(-1, 3, temporal * patch**2).float()
-    mean, std = torch.tensor(video_processor.image_mean), torch.tensor(video_processor.image_std)
-    # As transformers does it: the scaling to 0..1 goes into mean and deviation.
-    scale = 1 / video_processor.rescale_factor
-    return patches.sub_((mean * scale)[:, None]).div_((std * scale)[:, None]).view(len(patches), -1)
+    patches = split.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(-1, 3 * temporal * patch**2)
+    return normalise(patches, *colour_scale(video_processor)) if normalised else patches
+
+
+def colour_scale(processor: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation of each colour in 0..255, (3,); as transformers does it, scaling to 0..1 goes into them."""
+    scale = 1 / processor.rescale_factor
+    return torch.tensor(processor.image_mean) * scale, torch.tensor(processor.image_std) * scale
 
 
 def count_image_tokens(image: Any, image_processor: Any, sampling: Sampling) -> int:
@@ -59,24 +77,29 @@ def read_image(image: Any, sampling: Sampling) -> Image.Image:
 
 
 def vision_inputs(
-    images: Sequence[Any], clips: Sequence[DecodedClip], processor: Any, sampling: Sampling
+    images: Sequence[Any],
+    clips: Sequence[DecodedClip],
+    processor: Any,
+    sampling: Sampling,
+    normalised: bool = True,
 ) -> dict[str, torch.Tensor]:
-    """Patches of images and clips, as transformers' processors make them.
+    """Patches of images and clips, as transformers' processors make them, or as `normalise` takes them.
 
     Args:
         sampling: of images.
 
     Returns:
-        For images `pixel_values` (patches, 3 * 2 * 16 * 16) float32 and `image_grid_thw` (images, 3); for clips
+        For images `pixel_values` (patches, 3 * 2 * 16 * 16) float32, or uint8 if not normalised, and `image_grid_thw` (images, 3); for clips
         `pixel_values_videos` and `video_grid_thw`.
     """
     inputs: dict[str, torch.Tensor] = {}
     if images:
         pictures = [read_image(image, sampling) for image in images]
         resize = sampling.dialect != "qwen_vl_utils"  # there, images have their size already
-        inputs.update(processor.image_processor(images=pictures, do_resize=resize, return_tensors="pt"))
+        raw = {} if normalised else {"do_rescale": False, "do_normalize": False}
+        inputs.update(processor.image_processor(images=pictures, do_resize=resize, return_tensors="pt", **raw))
     if clips:
-        patches = [frames_to_patches(clip.frames, processor.video_processor) for clip in clips]
+        patches = [frames_to_patches(clip.frames, processor.video_processor, normalised) for clip in clips]
         inputs["pixel_values_videos"] = patches[0] if len(patches) == 1 else torch.cat(patches)
         inputs["video_grid_thw"] = torch.tensor([clip.plan.grid for clip in clips])
     return inputs

@@ -18,7 +18,7 @@ _CLIP_WIDE = f"counts the whole clip (frames x height x width), not one frame; {
 _PER_IMAGE = f"counts one image; {_UNSET}"
 _TUNE = "True becomes false and the other way round"
 _CUT = "here a longer record is an error and never cut; the official code cuts token ids and not pixels"
-_BATCH = "no key: how a batch is laid out does not change the loss, and here it is padded"
+_BATCH = "no key: how a batch is laid out does not change the loss"
 # In the order in which a recipe lists its keys. Flags that read alike in both are in `_ALIKE`.
 COMMAND = {
     "model_name_or_path": Entry("model_name_or_path", str),
@@ -42,7 +42,7 @@ COMMAND = {
     "warmup_ratio": Entry("warmup_steps", float, "below 1: a share of all steps; one name for both in transformers 5"),
     "gradient_checkpointing": Entry("disable_gradient_checkpointing", bool, _TUNE),
     "deepspeed": Entry("deepspeed", str, "recipes/deepspeed_zero3.json is ZeRO-3 as the official zero3.json is"),
-    "data_flatten": Entry(None, bool, _BATCH),
+    "data_flatten": Entry("data_flatten", bool),
     "data_packing": Entry(None, bool, f"{_BATCH}; True makes a step of another number of records"),
     "base_interval": Entry(None, int, "the official code does not read it any more"),
 }  # fmt: skip

@@ -3,27 +3,32 @@
 What LLaMA-Factory's trainer adds comes between this class and transformers' own (host/train.py).
 """
 
+import contextlib
 import json
 import math
+import os
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from transformers import TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..families import family_of
 from .audit import GradientAudit, GradientError, describe_faults
 from .checkpoint import CheckpointError, WholeCheckpoints, last_whole_checkpoint
+from .flat import compile_layers, run_flat
 from .model_card import add_to_model_card
 from .optimizer import GroupRow, group_rows, group_table
 from .run_record import finished, read_run_record, write_run_record
+from .step_watch import StepWatch
 from .throughput import Throughput
-from .vision_once import call_vision_once
 
 IGNORE_INDEX = -100
+_LONG_RUN = 100  # steps after which compiling the layers has paid
 # The optimizer's state brings them along, so a recipe's values are not used when a run resumes.
 _IN_CHECKPOINT = (
     *("learning_rate", "vision_tower_lr", "mm_projector_lr", "weight_decay"),
@@ -46,6 +51,9 @@ class VideoTrainer(WholeCheckpoints):
             micro-batches. "micro_batches": the mean of the micro-batches' means, as LLaMA-Factory has it.
         gradient_check: what happens when a module that should learn has no usable gradient after the first step.
         processor: saved with each checkpoint, before the checkpoint takes its name.
+        flat_collator: lays the samples of a micro-batch end to end (`prompt.flat`), in training, and in evaluation without
+            generation; None: `data_collator` pads them, everywhere.
+        compiled: compile the layers for flat micro-batches; None: on a GPU, in runs that are long enough to gain by it.
         describe: makes the record of the run (run_record.py), given `earlier` and `step`.
         log: takes a line for the person who runs this.
     """
@@ -55,14 +63,18 @@ class VideoTrainer(WholeCheckpoints):
         *args: Any,
         loss_normalization: Literal["tokens", "micro_batches"] = "tokens",
         gradient_check: Literal["error", "warn", "off"] = "error",
+        flat_collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
+        compiled: bool | None = None,
         describe: Callable[..., dict[str, Any]] | None = None,
         log: Callable[[str], None] = print,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, log=log, **kwargs)
         self.args.logging_nan_inf_filter = False  # it would show a loss that is not finite as 0; see `log`
-        if loss_normalization == "tokens" and self.compute_loss_func is None:
+        self._flat_collator, self._by_tokens = flat_collator, loss_normalization == "tokens"
+        if (self._by_tokens or flat_collator is not None) and self.compute_loss_func is None:
             self.compute_loss_func = self.token_loss
+        self._supervised: list[int] = []  # labels of each sample of the flat micro-batch at hand
         self._gradient_check, self._describe = gradient_check, describe
         self._audit: GradientAudit | None = None
         self._throughput: Throughput | None = None
@@ -74,8 +86,26 @@ class VideoTrainer(WholeCheckpoints):
         core = family_of(self.model.config).core
         for module in self.model.modules():
             if type(module).__name__ == core:
-                call_vision_once(module)
-        self.add_callback(_StepWatch(self))
+                run_flat(module)
+                if flat_collator is not None and (self._may_compile() if compiled is None else compiled):
+                    compile_layers(module)
+        self.add_callback(StepWatch(self))
+
+    def _may_compile(self) -> bool:
+        """Whether compiling is known to gain: it takes half a minute, and a C compiler."""
+        spread = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()  # layers gather their weights as they are called
+        if self.args.device.type != "cuda" or spread or getattr(self.model, "is_quantized", False):
+            return False
+        steps = self.args.max_steps if self.args.max_steps > 0 else _LONG_RUN
+        if self.args.max_steps <= 0 and hasattr(self.train_dataset, "__len__"):
+            batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            steps = len(self.train_dataset) * self.args.num_train_epochs // batch
+        if steps < _LONG_RUN or self.args.torch_compile:
+            return False
+        if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+            self._tell("Layers are not compiled, since there is no C compiler (gcc); a step takes a third longer.")
+            return False
+        return True
 
     # --- Loss ---
 
@@ -83,24 +113,57 @@ class VideoTrainer(WholeCheckpoints):
         """Cross entropy of the tokens after each position.
 
         Args:
-            outputs: with `logits` (batch, tokens, vocabulary).
-            labels: (batch, tokens); -100 where nothing is learnt.
+            outputs: with `logits` (batch, tokens, vocabulary), or of a flat micro-batch (1, labels, vocabulary).
+            labels: (batch, tokens), -100 where nothing is learnt; of a flat micro-batch those alone, (labels,).
             num_items_in_batch: supervised tokens of the whole step; evaluation does not need it.
         """
-        logits = outputs["logits"].float()
-        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).to(logits.device)
+        logits = outputs["logits"]
+        is_flat = labels.dim() == 1
+        targets = labels[None] if is_flat else F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
         losses = F.cross_entropy(
-            logits.flatten(0, 1),
-            targets.flatten(),
+            logits.flatten(0, 1).float(),
+            targets.flatten().to(logits.device),
             ignore_index=IGNORE_INDEX,
             reduction="none",
             label_smoothing=self.args.label_smoothing_factor,
         )
         if self.model.training:  # of a step without a supervised token, 0
-            return losses.sum() / torch.as_tensor(num_items_in_batch).clamp(min=1)
-        rows = torch.stack([losses.view_as(targets).sum(1), targets.ne(IGNORE_INDEX).sum(1)], dim=1)
-        self._evaluated.append(self.accelerator.gather_for_metrics(rows.detach()))
-        return rows[:, 0].sum() / rows[:, 1].sum().clamp(min=1)
+            if self._by_tokens:
+                return losses.sum() / torch.as_tensor(num_items_in_batch).clamp(min=1)
+            count = max(1, sum(self._supervised))
+            return losses.sum() / (count * self.current_gradient_accumulation_steps)
+        if is_flat:
+            parts = losses[: sum(self._supervised)].split(self._supervised)
+            sums = torch.stack([part.sum() for part in parts])
+            counts = torch.tensor(self._supervised, device=losses.device)
+        else:
+            sums, counts = losses.view_as(targets).sum(1), targets.ne(IGNORE_INDEX).sum(1)
+        if self._by_tokens:
+            self._evaluated.append(self.accelerator.gather_for_metrics(torch.stack([sums, counts], dim=1).detach()))
+        return sums.sum() / counts.sum().clamp(min=1)
+
+    def get_train_dataloader(self) -> Any:
+        with self._collating(self._flat_collator):
+            return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        # Generation reads prompts that end together, padded on the left.
+        with self._collating(None if getattr(self.args, "predict_with_generate", False) else self._flat_collator):
+            return super().get_eval_dataloader(*args, **kwargs)
+
+    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        with self._collating(None if getattr(self.args, "predict_with_generate", False) else self._flat_collator):
+            return super().get_test_dataloader(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _collating(self, collator: Any) -> Iterator[None]:
+        """Loaders that are made meanwhile take this collator, if it is one."""
+        padding = self.data_collator
+        self.data_collator = collator or padding
+        try:
+            yield
+        finally:
+            self.data_collator = padding
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """The loss is the mean over all supervised tokens; transformers' is a mean over batches."""
@@ -135,6 +198,7 @@ class VideoTrainer(WholeCheckpoints):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         counts = inputs.pop("counts", None)
+        self._supervised = [] if counts is None else counts.get("supervised", [])
         if counts is not None and self._audit is not None:
             self._audit.saw_vision |= counts["images"] + counts["clips"] > 0
         if counts is not None and self._throughput is not None and self.model.training:
@@ -333,43 +397,3 @@ class VideoTrainer(WholeCheckpoints):
             return  # the checkpoint that a finished run went on from
         self._check_unlogged()
         super()._save_checkpoint(model, trial)
-
-
-class _StepWatch(TrainerCallback):
-    """What happens between the lines of transformers' training loop."""
-
-    def __init__(self, trainer: VideoTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        steps = self.trainer.accelerator.gather(torch.tensor([state.global_step], device=args.device)).tolist()
-        if len(set(steps)) > 1:
-            raise CheckpointError(
-                f"processes would resume from different steps ({', '.join(map(str, steps))}): nodes with disks of their own "
-                "were killed between two checkpoints. Remove the newer one where there is one"
-            )
-        self.trainer._resumed_at = state.global_step
-        if getattr(args, "overwrite_output_dir", False) and not state.global_step:
-            self.trainer.remove_checkpoints()
-        self.trainer.begin_record()
-        # The mean loss at the end is that of the whole run, what went before a kill included.
-        step = 0
-        for line in state.log_history:
-            if "loss" in line:
-                self.trainer._total_loss_scalar += line["loss"] * (line["step"] - step)
-                step = line["step"]
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.check_gradients()
-        for group in reversed(
-            self.trainer.optimizer.param_groups
-        ):  # the first of a module: LoRA+ has others behind it
-            if "module" in group:
-                self.trainer._rates[group["module"]] = float(group["lr"])
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A checkpoint and an evaluation come with a line of the log: a resumed run then has the same lines."""
-        if (control.should_save or control.should_evaluate) and args.logging_strategy != "no":
-            control.should_log = True
-
-    on_epoch_end = on_step_end

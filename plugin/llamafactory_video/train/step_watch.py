@@ -1,0 +1,48 @@
+"""What happens between the lines of transformers' training loop."""
+
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from .checkpoint import CheckpointError
+
+
+class StepWatch(TrainerCallback):
+    """Calls what a `VideoTrainer` does at the begin of training, before an optimizer's step, and after a step."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        steps = self.trainer.accelerator.gather(torch.tensor([state.global_step], device=args.device)).tolist()
+        if len(set(steps)) > 1:
+            raise CheckpointError(
+                f"processes would resume from different steps ({', '.join(map(str, steps))}): nodes with disks of their own "
+                "were killed between two checkpoints. Remove the newer one where there is one"
+            )
+        self.trainer._resumed_at = state.global_step
+        if getattr(args, "overwrite_output_dir", False) and not state.global_step:
+            self.trainer.remove_checkpoints()
+        self.trainer.begin_record()
+        # The mean loss at the end is that of the whole run, what went before a kill included.
+        step = 0
+        for line in state.log_history:
+            if "loss" in line:
+                self.trainer._total_loss_scalar += line["loss"] * (line["step"] - step)
+                step = line["step"]
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.check_gradients()
+        for group in reversed(
+            self.trainer.optimizer.param_groups
+        ):  # the first of a module: LoRA+ has others behind it
+            if "module" in group:
+                self.trainer._rates[group["module"]] = float(group["lr"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A checkpoint and an evaluation come with a line of the log: a resumed run then has the same lines."""
+        if (control.should_save or control.should_evaluate) and args.logging_strategy != "no":
+            control.should_log = True
+
+    on_epoch_end = on_step_end
