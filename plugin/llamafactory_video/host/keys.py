@@ -201,6 +201,13 @@ class VideoFinetuningKeys:
             "each step a third less. Default: in runs of 100 steps and more, where it is known to work."
         },
     )
+    gradient_checkpointing_policy: Literal["auto", "none", "language_model", "all"] = field(
+        default="auto",
+        metadata={
+            "help": "Which layers compute their activations again in the backward pass, unless `disable_gradient_checkpointing` "
+            "is true. `auto`: as few as the memory of the GPU needs, with `data_flatten`."
+        },
+    )
     gradient_check: Literal["error", "warn", "off"] = field(
         default="error",
         metadata={

@@ -185,7 +185,10 @@ def _check_keys_fit_template(model_args: Any, data_args: Any, finetuning_args: A
             "video_sampling video_timestamps video_min_frames video_total_pixels video_cache_dir video_cache_gb",
         ),
         (data_args, "video_fit"),
-        (finetuning_args, "loss_normalization gradient_check data_flatten compile_layers"),
+        (
+            finetuning_args,
+            "loss_normalization gradient_check data_flatten compile_layers gradient_checkpointing_policy",
+        ),
     )
     names = [(given, name) for given, line in keys for name in line.split()]
     given = next((name for args, name in names if getattr(args, name) != getattr(type(args), name)), None)

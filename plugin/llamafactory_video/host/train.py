@@ -52,6 +52,7 @@ def extend_workflow(workflow: ModuleType) -> None:
             gradient_check=keys.gradient_check,
             flat_collator=_flat_collator(kwargs) if keys.data_flatten else None,
             compiled=keys.compile_layers,
+            checkpointing_policy=keys.gradient_checkpointing_policy,
             describe=functools.partial(
                 describe_run, resolved_recipe(arguments), *arguments[:3], kwargs["model"], kwargs["processor"], *data
             ),

@@ -148,7 +148,8 @@ def _forward(model: torch.nn.Module, *args: Any, flat: dict[str, Any] | None = N
             `longest`, the tokens of the longest, and `visual_at`, which tokens are visual, in the order in which the
             tower gives them, (visual tokens,), or None. For the tower, pictures and pairs of frames end to end:
             `patches` (patches, pixels) uint8, their `colour_scale`, `coordinates` (patches, 2), `table_index` and
-            `table_weight` (4, patches), `vision_cu_seqlens` and `vision_longest`.
+            `table_weight` (4, patches), `vision_cu_seqlens` and `vision_longest`. `look`, if it is there, is called with the
+            part after each layer.
     """
     if flat is None:
         with torch.compiler.set_stance("force_eager"):  # layouts for which layers were not compiled
@@ -166,6 +167,10 @@ def _forward(model: torch.nn.Module, *args: Any, flat: dict[str, Any] | None = N
     return outputs(last_hidden_state=hidden)
 
 
+def _overlook(part: str) -> None:
+    pass
+
+
 def _language_forward(language: torch.nn.Module, *args: Any, flat: dict[str, Any] | None = None, **kwargs: Any) -> Any:
     if flat is None:
         return type(language).forward(language, *args, **kwargs)
@@ -173,8 +178,10 @@ def _language_forward(language: torch.nn.Module, *args: Any, flat: dict[str, Any
     rotary = language.rotary_emb(hidden, positions)
     segments = {"cu_seq_lens_q": flat["cu_seqlens"], "cu_seq_lens_k": flat["cu_seqlens"]}
     segments |= {"max_length_q": flat["longest"], "max_length_k": flat["longest"]}
+    look = flat.get("look", _overlook)
     for number, layer in enumerate(language.layers):
         hidden = layer(hidden, position_embeddings=rotary, attention_mask=None, **segments)
+        look("language_model")
         if number < len(deepstack):
             hidden = hidden.index_add(1, flat["visual_at"], deepstack[number].to(hidden.dtype)[None])
     return language.norm(hidden)
@@ -204,7 +211,7 @@ def _tower(visual: torch.nn.Module, flat: dict[str, Any]) -> tuple[torch.Tensor,
     angles = (flat["coordinates"][..., None].to(inverse.dtype) * inverse).flatten(1)
     angles = torch.cat([angles, angles], dim=-1)
     rotary = angles.cos(), angles.sin()
-    tapped = {}
+    tapped, look = {}, flat.get("look", _overlook)
     for number, block in enumerate(visual.blocks):
         hidden = block(
             hidden,
@@ -212,6 +219,7 @@ def _tower(visual: torch.nn.Module, flat: dict[str, Any]) -> tuple[torch.Tensor,
             position_embeddings=rotary,
             longest=flat["vision_longest"],
         )
+        look("vision_tower")
         if number in visual.deepstack_visual_indexes:
             tapped[number] = hidden
     return hidden, tapped

@@ -6,8 +6,6 @@ What LLaMA-Factory's trainer adds comes between this class and transformers' own
 import contextlib
 import json
 import math
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,18 +15,16 @@ import torch
 import torch.nn.functional as F
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ..families import family_of
 from .audit import GradientAudit, GradientError, describe_faults
 from .checkpoint import CheckpointError, WholeCheckpoints, last_whole_checkpoint
-from .flat import compile_layers, run_flat
 from .model_card import add_to_model_card
 from .optimizer import GroupRow, group_rows, group_table
 from .run_record import finished, read_run_record, write_run_record
+from .set_up import set_up_layers
 from .step_watch import StepWatch
 from .throughput import Throughput
 
 IGNORE_INDEX = -100
-_LONG_RUN = 100  # steps after which compiling the layers has paid
 # The optimizer's state brings them along, so a recipe's values are not used when a run resumes.
 _IN_CHECKPOINT = (
     *("learning_rate", "vision_tower_lr", "mm_projector_lr", "weight_decay"),
@@ -54,6 +50,8 @@ class VideoTrainer(WholeCheckpoints):
         flat_collator: lays the samples of a micro-batch end to end (`prompt.flat`), in training, and in evaluation without
             generation; None: `data_collator` pads them, everywhere.
         compiled: compile the layers for flat micro-batches; None: on a GPU, in runs that are long enough to gain by it.
+        checkpointing_policy: which layers compute their activations again, where gradient checkpointing is on. "auto": of
+            flat micro-batches on a GPU as few as its memory needs (`recompute`); else all.
         describe: makes the record of the run (run_record.py), given `earlier` and `step`.
         log: takes a line for the person who runs this.
     """
@@ -65,6 +63,7 @@ class VideoTrainer(WholeCheckpoints):
         gradient_check: Literal["error", "warn", "off"] = "error",
         flat_collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
         compiled: bool | None = None,
+        checkpointing_policy: Literal["auto", "none", "language_model", "all"] = "auto",
         describe: Callable[..., dict[str, Any]] | None = None,
         log: Callable[[str], None] = print,
         **kwargs: Any,
@@ -83,29 +82,18 @@ class VideoTrainer(WholeCheckpoints):
         self._evaluated: list[torch.Tensor] = []
         self._resumed_at = 0
         self._rows: list[GroupRow] = []
-        core = family_of(self.model.config).core
-        for module in self.model.modules():
-            if type(module).__name__ == core:
-                run_flat(module)
-                if flat_collator is not None and (self._may_compile() if compiled is None else compiled):
-                    compile_layers(module)
+        spreads = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
+        self._recomputation = set_up_layers(
+            self.model,
+            self.args,
+            flat_collator is not None,
+            spreads,
+            compiled,
+            checkpointing_policy,
+            self._steps(),
+            log,
+        )
         self.add_callback(StepWatch(self))
-
-    def _may_compile(self) -> bool:
-        """Whether compiling is known to gain: it takes half a minute, and a C compiler."""
-        spread = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()  # layers gather their weights as they are called
-        if self.args.device.type != "cuda" or spread or getattr(self.model, "is_quantized", False):
-            return False
-        steps = self.args.max_steps if self.args.max_steps > 0 else _LONG_RUN
-        if self.args.max_steps <= 0 and hasattr(self.train_dataset, "__len__"):
-            batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-            steps = len(self.train_dataset) * self.args.num_train_epochs // batch
-        if steps < _LONG_RUN or self.args.torch_compile:
-            return False
-        if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
-            self._tell("Layers are not compiled, since there is no C compiler (gcc); a step takes a third longer.")
-            return False
-        return True
 
     # --- Loss ---
 
@@ -191,10 +179,22 @@ class VideoTrainer(WholeCheckpoints):
                 dtype = torch.bfloat16 if self.args.bf16 else torch.float16
             self._throughput = Throughput(self.model, self.args.device, dtype)
         self._throughput.start()
+        if self._recomputation is not None:
+            self._recomputation.begin_step()
         started = time.perf_counter()
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._throughput.waited += time.perf_counter() - started
         return batches, items
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One micro-batch, with the layers that keep their activations chosen for it."""
+        if self._recomputation is None or "flat" not in inputs:
+            return super().training_step(model, inputs, *args, **kwargs)
+        size = inputs["input_ids"].shape[1], inputs["flat"]
+        self._recomputation.begin_micro_batch(*size)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self._recomputation.end_micro_batch(*size)
+        return loss
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         counts = inputs.pop("counts", None)
