@@ -90,7 +90,7 @@ class VideoTrainer(WholeCheckpoints):
             spreads,
             compiled,
             checkpointing_policy,
-            self._steps(),
+            self.train_dataset,
             log,
         )
         self.add_callback(StepWatch(self))
