@@ -24,6 +24,8 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import av
+import numpy as np
 import yaml
 from train_recipe import SIZES, make_dataset, make_model, read_step
 
@@ -44,13 +46,16 @@ class Run(NamedTuple):
     batch: int
     stock: bool
     keys: dict[str, Any] = {}  # noqa: RUF012 - never changed
+    data: str = "given"
 
 
-def turns(case: str, size: str, recipe: str, batches: dict[str, int]) -> list[Run]:
+def turns(case: str, size: str, recipe: str, batches: dict[str, int], data: str = "given") -> list[Run]:
     """The runs of a case, stock's and ours in turn."""
-    flat = Run(f"{case}: ours, {batches['ours']} x {STEP // batches['ours']}", size, recipe, batches["ours"], False)
+    flat = Run(
+        f"{case}: ours, {batches['ours']} x {STEP // batches['ours']}", size, recipe, batches["ours"], False, {}, data
+    )
     runs = [
-        Run(f"{case}: stock, {n} x {STEP // n}", size, recipe, n, True)
+        Run(f"{case}: stock, {n} x {STEP // n}", size, recipe, n, True, {}, data)
         for name, n in batches.items()
         if name.startswith("stock")
     ]
@@ -67,6 +72,7 @@ def turns(case: str, size: str, recipe: str, batches: dict[str, int]) -> list[Ru
 CASES = {
     "2B full": ("2B", "wzry_full_1gpu", {"stock": 8, "stock small": 2, "ours": 8}),
     "4B LoRA": ("4B", "wzry_lora", {"stock": 2, "stock large": 8, "ours": 8}),
+    "2B mixed lengths": ("2B", "wzry_full_1gpu", {"stock": 4, "ours": 4}, "mixed"),
     "4B bf16": ("4B", "wzry_full_bf16", {"stock": 8, "ours": 8}),
 }
 
@@ -94,14 +100,14 @@ def recipe_of(run: Run, work: Path, options: argparse.Namespace) -> dict[str, An
     recipe = {key: value for key, value in recipe.items() if key not in OURS}
     recipe |= {
         "model_name_or_path": str(work / run.size),
-        "dataset_dir": str(work),
+        "dataset_dir": str(work / run.data),
         "media_dir": str(work),
         "dataset": "stock" if run.stock else "clips",
         "template": "qwen3_vl_nothink" if run.stock else "qwen3_vl_video",
         "output_dir": str(work / re.sub(r"\W+", "_", run.name)),
         "video_fps": 4.0,
-        "video_maxlen": 32,
-        "video_max_pixels": 1003520 // 32,
+        "video_maxlen": 32 if run.data == "given" else 120,
+        "video_max_pixels": 1003520 // 32 if run.data == "given" else 102400,
         "video_min_pixels": 256,
         "per_device_train_batch_size": run.batch,
         "gradient_accumulation_steps": STEP // run.batch,
@@ -119,7 +125,11 @@ def recipe_of(run: Run, work: Path, options: argparse.Namespace) -> dict[str, An
     if options.cpu:
         recipe |= {"tf32": None, "quantization_bit": None}
     if not run.stock:
-        cache = {"video_cache_dir": str(work / "cache"), "loss_normalization": "micro_batches"}
+        cache = {
+            "video_cache_dir": str(work / "cache"),
+            "loss_normalization": "micro_batches",
+            "video_timestamps": "index",
+        }
         recipe |= {"video_sampling": "llamafactory", **cache, **run.keys}
     return {key: value for key, value in recipe.items() if value is not None}
 
@@ -128,8 +138,13 @@ def train(run: Run, work: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Train, and what was measured; the process is ended after its last step."""
     file = work / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe_of(run, work, options), allow_unicode=True), encoding="utf-8")
-    environment = {**os.environ, "LLAMAFACTORY_VIDEO_DISABLE": "1" if run.stock else "0", "PYTHONUNBUFFERED": "1"}
-    watch, steps, times, tail = Watch(), [], [], []
+    environment = {
+        **os.environ,
+        "LLAMAFACTORY_VIDEO_DISABLE": "1" if run.stock else "0",
+        "PYTHONUNBUFFERED": "1",
+        "TORCH_LOGS": "recompiles",
+    }
+    watch, steps, times, tail, recompiled = Watch(), [], [], [], 0
     watch.start()
     process = subprocess.Popen(
         [sys.executable, "-m", "llamafactory.cli", "train", str(file)],
@@ -142,6 +157,7 @@ def train(run: Run, work: Path, options: argparse.Namespace) -> dict[str, Any]:
     )
     for line in process.stdout:
         tail = [*tail[-60:], line]
+        recompiled += "Recompiling function" in line and len(steps) >= options.warm_up
         step = read_step(line)
         if step is not None:
             steps.append(step)
@@ -165,6 +181,7 @@ def train(run: Run, work: Path, options: argparse.Namespace) -> dict[str, Any]:
         "mfu": round(statistics.median(mfu), 4) if mfu else None,
         "busy": round(statistics.mean(busy) / 100, 2) if busy else None,
         "memory_gib": round(watch.memory, 1),
+        "recompiled": recompiled,
         "losses": [step["loss"] for step in steps],
     }
 
@@ -189,6 +206,40 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def make_mixed(folder: Path, count: int = 24) -> None:
+    """Clips of 0.5 to 30 s, 640 x 360 at 10 frames/s, whose lengths are spread evenly on a logarithmic scale."""
+    if folder.is_dir():
+        return
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    noise = np.random.default_rng(0).integers(0, 255, (45, 80, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+    order = np.random.default_rng(1).permutation(count)
+    for number, seconds in zip(order, np.geomspace(0.5, 30, count), strict=True):
+        with av.open(str(unfinished / f"{number:02}.mp4"), "w") as file:
+            stream = file.add_stream("libx264", 10, options={"preset": "ultrafast"})
+            stream.width, stream.height, stream.pix_fmt = 640, 360, "yuv420p"
+            for at in range(round(10 * seconds)):
+                file.mux(stream.encode(av.VideoFrame.from_ndarray(np.roll(noise, 5 * at, axis=1))))
+            file.mux(stream.encode())
+    unfinished.rename(folder)
+
+
+def make_data(clips: Path, folder: Path, records: int) -> None:
+    """The records as ours and as stock read them: texts alone, and lists of clips."""
+    folder.mkdir(exist_ok=True)
+    make_dataset(clips, folder, records)
+    rows = json.loads((folder / "clips.json").read_text(encoding="utf-8"))
+    for row in rows:
+        row["videos"] = [row.pop("video")]
+        row["conversations"][1]["value"] = json.dumps(row["conversations"][1]["value"], ensure_ascii=False)
+    (folder / "stock.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    info = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))
+    columns = {"messages": "conversations", "videos": "videos"}
+    info["stock"] = {"file_name": "stock.json", "formatting": "sharegpt", "columns": columns}
+    (folder / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -198,7 +249,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("bench_work"), help="for models and caches")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--only", help="part of the names of the runs that are wanted")
+    parser.add_argument("--only", default="", help="pattern of the names of the runs that are wanted")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--warm-up", type=int, default=5, help="steps that are not measured")
     parser.add_argument("--workers", type=int, default=8)
@@ -207,25 +258,15 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     options.work.mkdir(parents=True, exist_ok=True)
     work = options.work.resolve()
-    make_dataset(options.clips, work, STEP * options.steps)
-    records = json.loads((work / "clips.json").read_text(encoding="utf-8"))
-    for record in records:  # stock takes texts alone, and lists of clips
-        record["videos"] = [record.pop("video")]
-        record["conversations"][1]["value"] = json.dumps(record["conversations"][1]["value"], ensure_ascii=False)
-    (work / "stock.json").write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
-    info = json.loads((work / "dataset_info.json").read_text(encoding="utf-8"))
-    info["stock"] = {
-        "file_name": "stock.json",
-        "formatting": "sharegpt",
-        "columns": {"messages": "conversations", "videos": "videos"},
-    }
-    (work / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+    make_mixed(work / "mixed_clips")
+    for name, clips in (("given", options.clips), ("mixed", work / "mixed_clips")):
+        make_data(clips, work / name, STEP * options.steps)
     results = []
     for case in options.cases:
-        size, recipe, batches = CASES[case]
+        size = CASES[case][0]
         make_model(options.config, work / size, size if size in SIZES else "4B")
-        for run in turns(case, size, recipe, batches):
-            if options.only is None or options.only in run.name:
+        for run in turns(case, *CASES[case]):
+            if re.search(options.only, run.name):
                 results.append(train(run, work, options))
                 print(json.dumps(results[-1], ensure_ascii=False), flush=True)
     print(table(results))
