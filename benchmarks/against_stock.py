@@ -136,8 +136,9 @@ def recipe_of(run: Run, work: Path, options: argparse.Namespace) -> dict[str, An
 
 def train(run: Run, work: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Train, and what was measured; the process is ended after its last step."""
-    file = work / "recipe.yaml"
-    file.write_text(yaml.safe_dump(recipe_of(run, work, options), allow_unicode=True), encoding="utf-8")
+    file, recipe = work / "recipe.yaml", recipe_of(run, work, options)
+    shutil.rmtree(recipe["output_dir"], ignore_errors=True)  # of an earlier run of this script
+    file.write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding="utf-8")
     environment = {
         **os.environ,
         "LLAMAFACTORY_VIDEO_DISABLE": "1" if run.stock else "0",
@@ -225,6 +226,35 @@ def make_mixed(folder: Path, count: int = 24) -> None:
     unfinished.rename(folder)
 
 
+def make_given(clips: Path, folder: Path) -> None:
+    """The given clips; one whose header names another number of frames than it holds is encoded anew.
+
+    Of such a clip stock takes other frames, or all, and tells the model other times: two runs would not see the same.
+    """
+    if folder.is_dir():
+        return
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    for clip in sorted(path.resolve() for path in clips.iterdir() if path.is_file()):
+        with av.open(str(clip)) as file:
+            stream = file.streams.video[0]
+            frames = list(file.decode(stream))
+            if len(frames) == stream.frames:
+                (unfinished / clip.name).symlink_to(clip)
+                continue
+            print(f"{clip.name}: its header names {stream.frames} frames, it holds {len(frames)}; encoded anew")
+            rate = stream.average_rate
+        with av.open(str(unfinished / f"{clip.name}.mp4"), "w") as file:
+            stream = file.add_stream("libx264", rate, options={"preset": "ultrafast"})
+            stream.width, stream.height, stream.pix_fmt = frames[0].width, frames[0].height, "yuv420p"
+            for number, frame in enumerate(frames):
+                frame.pts, frame.time_base = number, 1 / rate
+                file.mux(stream.encode(frame))
+            file.mux(stream.encode())
+    unfinished.rename(folder)
+
+
 def make_data(clips: Path, folder: Path, records: int) -> None:
     """The records as ours and as stock read them: texts alone, and lists of clips."""
     folder.mkdir(exist_ok=True)
@@ -258,9 +288,10 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     options.work.mkdir(parents=True, exist_ok=True)
     work = options.work.resolve()
+    make_given(options.clips, work / "given_clips")
     make_mixed(work / "mixed_clips")
-    for name, clips in (("given", options.clips), ("mixed", work / "mixed_clips")):
-        make_data(clips, work / name, STEP * options.steps)
+    for name in ("given", "mixed"):
+        make_data(work / f"{name}_clips", work / name, STEP * options.steps)
     results = []
     for case in options.cases:
         size = CASES[case][0]
