@@ -5,8 +5,8 @@
 Each run is `llamafactory-cli train` in a process of its own: 16 clips a step, sampled as LLaMA-Factory samples them so
 that both see the same tokens, all modules at one learning rate, since stock knows no other, and its mean of the
 micro-batches' means for the loss. Milliseconds a clip are the median of the steps from `--warm-up` on. `busy` is nvidia-smi's share of
-time in which the GPU did something; memory is the most that it showed. Prints a line a run as it is done and a table, and
-writes OUT/against_stock.json.
+time in which the GPU did something; memory is the most that it showed; `recompiled` counts what torch.compile did again after
+the warm-up. Prints a line a run as it is done and a table, and writes OUT/against_stock.json.
 """
 
 import argparse
@@ -145,7 +145,7 @@ def train(run: Run, work: Path, options: argparse.Namespace) -> dict[str, Any]:
         "PYTHONUNBUFFERED": "1",
         "TORCH_LOGS": "recompiles",
     }
-    watch, steps, times, tail, recompiled = Watch(), [], [], [], 0
+    watch, steps, times, tail, recompiled, compiling = Watch(), [], [], [], 0, []
     watch.start()
     process = subprocess.Popen(
         [sys.executable, "-m", "llamafactory.cli", "train", str(file)],
@@ -159,6 +159,7 @@ def train(run: Run, work: Path, options: argparse.Namespace) -> dict[str, Any]:
     for line in process.stdout:
         tail = [*tail[-60:], line]
         recompiled += "Recompiling function" in line and len(steps) >= options.warm_up
+        compiling += re.findall(r"torch\.compile .*", line)
         step = read_step(line)
         if step is not None:
             steps.append(step)
@@ -183,6 +184,7 @@ def train(run: Run, work: Path, options: argparse.Namespace) -> dict[str, Any]:
         "busy": round(statistics.mean(busy) / 100, 2) if busy else None,
         "memory_gib": round(watch.memory, 1),
         "recompiled": recompiled,
+        "compiling": compiling,
         "losses": [step["loss"] for step in steps],
     }
 

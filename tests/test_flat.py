@@ -2,7 +2,9 @@
 
 import functools
 import itertools
+import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +17,8 @@ from llamafactory_video.prompt.flat import _grid, lay_flat, rope_positions
 from llamafactory_video.prompt.pixels import colour_scale, normalise, token_type_ids, vision_inputs
 from llamafactory_video.records.parse import parse_record
 from llamafactory_video.train import flat
-from llamafactory_video.train.flat import compile_layers, run_flat, segment_attention
+from llamafactory_video.train.compiled import CompileWatch, compile_layers
+from llamafactory_video.train.flat import run_flat, segment_attention
 from llamafactory_video.video.reader import ClipReader
 from llamafactory_video.video.sampling import Sampling
 from PIL import Image
@@ -176,11 +179,25 @@ def test_layers_compile_once_for_all_lengths(folder, encoder, samples, monkeypat
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compile_layers(model.model)
-    for each, expected in zip(inputs, plain, strict=True):
+    lines = []
+    watch = CompileWatch(lines.append)
+    watch.on_train_begin()
+    for step, (each, expected) in enumerate(zip(inputs, plain, strict=True), 1):
         torch.testing.assert_close(model(**each).logits, expected)
+        watch.on_step_end(None, SimpleNamespace(global_step=step), None)
     found = torch._dynamo.utils.counters
     assert len(batches) > 10 > found["stats"]["unique_graphs"] == 2  # a layer's and a block's
     assert not found["graph_break"]
+    assert len(lines) == 1
+    assert re.fullmatch(r"torch.compile took \d+\.\d s: 2 programs, 0 of them from its cache on disk.", lines[0])
+    for step in (15, 16):  # other programs: without gradients, and for inputs of another type
+        with torch.no_grad():
+            model(**inputs[0])
+        watch.on_step_end(None, SimpleNamespace(global_step=step), None)
+        model.float()
+    watch.on_train_end()
+    assert len(lines) == 2
+    assert lines[1].startswith("By step 15, torch.compile was needed again and took ")
 
 
 def test_what_was_not_laid_flat_goes_through_as_before(folder, encoder, samples):

@@ -127,19 +127,6 @@ def _as_product(convolution: torch.nn.Module, patches: torch.Tensor) -> torch.Te
     return F.linear(patches.flatten(1), weight.flatten(1), bias)[:, :, None, None, None]
 
 
-def compile_layers(model: torch.nn.Module) -> None:
-    """Compile each layer of the language model and block of the vision tower, once for all lengths, for a GPU.
-
-    Args:
-        model: a Qwen3VLModel, after `run_flat`.
-    """
-    # What the backward pass writes out anyway need not be kept: a third of the activations, computed again in passing.
-    torch._functorch.config.ban_recompute_materialized_backward = False
-    torch._dynamo.config.specialize_float = True  # else scales and epsilons are tensors on the CPU, with kernels there
-    for layer in (*model.language_model.layers, *model.visual.blocks):
-        layer.compile(dynamic=True)
-
-
 def _forward(model: torch.nn.Module, *args: Any, flat: dict[str, Any] | None = None, **kwargs: Any) -> Any:
     """A forward pass of Qwen3-VL without its head.
 
@@ -207,6 +194,8 @@ def _tower(visual: torch.nn.Module, flat: dict[str, Any]) -> tuple[torch.Tensor,
     hidden = visual.patch_embed(patches.to(visual.dtype))
     table = visual.pos_embed(flat["table_index"]) * flat["table_weight"].to(visual.pos_embed.weight.dtype)[..., None]
     hidden = hidden + (table[0] + table[1] + table[2] + table[3])
+    if torch.is_grad_enabled() and not hidden.requires_grad:
+        hidden.requires_grad_()  # with adapters: as what all later blocks take, so that one program fits all
     inverse = visual.rotary_pos_emb.inv_freq
     angles = (flat["coordinates"][..., None].to(inverse.dtype) * inverse).flatten(1)
     angles = torch.cat([angles, angles], dim=-1)

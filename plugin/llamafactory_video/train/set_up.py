@@ -5,49 +5,51 @@ import shutil
 from collections.abc import Callable
 from typing import Any
 
-import torch
+from transformers import Trainer
 
 from ..families import family_of
-from .flat import compile_layers, run_flat
+from .compiled import CompileWatch, compile_layers, use_liger
+from .flat import run_flat
 from .recompute import PARTS, Recomputation, checkpoint_parts, let_segments_grow
 
 _LONG_RUN = 100  # steps after which compiling the layers has paid
 
 
 def set_up_layers(
-    model: torch.nn.Module,
-    args: Any,
+    trainer: Trainer,
     is_flat: bool,
     spreads: bool,
     compiled: bool | None,
     checkpointing_policy: str,
-    dataset: Any,
     log: Callable[[str], None],
 ) -> Recomputation | None:
-    """Prepare a model's layers.
+    """Prepare the layers of a trainer's model.
 
     Args:
-        args: transformers' TrainingArguments.
         is_flat: samples of a micro-batch lie end to end.
         spreads: layers gather their weights from other processes whenever they are called (ZeRO-3, FSDP).
         compiled, checkpointing_policy: see `VideoTrainer`.
-        dataset: that is trained on.
         log: takes a line for the person who runs this.
 
     Returns:
         What chooses for each micro-batch which layers compute their activations again, if something does.
     """
+    model, args = trainer.model, trainer.args
     on_gpu = args.device.type == "cuda"
     if compiled is None:
-        pays = on_gpu and not spreads and _steps(args, dataset) >= _LONG_RUN and not args.torch_compile
+        pays = on_gpu and not spreads and _steps(args, trainer.train_dataset) >= _LONG_RUN and not args.torch_compile
         compiled = pays and not getattr(model, "is_quantized", False) and _has_compiler(log)
+    compiled &= is_flat
     core = family_of(model.config).core
     recomputation = None
     for module in [module for module in model.modules() if type(module).__name__ == core]:
+        if is_flat and on_gpu and not compiled and use_liger(module):
+            log("Layers are not compiled; Liger's kernels do their normalisation and rotation.")
         run_flat(module)
         checkpoint_parts(module, {"none": (), "language_model": ("language_model",)}.get(checkpointing_policy, PARTS))
-        if is_flat and compiled:
+        if compiled:
             compile_layers(module)
+            trainer.add_callback(CompileWatch(log))
         if is_flat and on_gpu and not spreads and checkpointing_policy == "auto":
             let_segments_grow()
             recomputation = Recomputation(module, log)

@@ -68,6 +68,8 @@ class VideoTrainer(WholeCheckpoints):
         log: Callable[[str], None] = print,
         **kwargs: Any,
     ) -> None:
+        if flat_collator is not None and kwargs["args"].dataloader_pin_memory:
+            kwargs["args"].accelerator_config.non_blocking = True  # the host goes on while a micro-batch is copied
         super().__init__(*args, log=log, **kwargs)
         self.args.logging_nan_inf_filter = False  # it would show a loss that is not finite as 0; see `log`
         self._flat_collator, self._by_tokens = flat_collator, loss_normalization == "tokens"
@@ -83,16 +85,8 @@ class VideoTrainer(WholeCheckpoints):
         self._resumed_at = 0
         self._rows: list[GroupRow] = []
         spreads = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
-        self._recomputation = set_up_layers(
-            self.model,
-            self.args,
-            flat_collator is not None,
-            spreads,
-            compiled,
-            checkpointing_policy,
-            self.train_dataset,
-            log,
-        )
+        is_flat = flat_collator is not None
+        self._recomputation = set_up_layers(self, is_flat, spreads, compiled, checkpointing_policy, log)
         self.add_callback(StepWatch(self))
 
     # --- Loss ---
