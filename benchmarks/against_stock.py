@@ -4,13 +4,12 @@
 
 Each run is `llamafactory-cli train` in a process of its own: 16 clips a step, sampled as LLaMA-Factory samples them so
 that both see the same tokens, all modules at one learning rate, since stock knows no other, and its mean of the
-micro-batches' means for the loss. Milliseconds a clip are the median of the steps from `--warm-up` on. `busy` is nvidia-smi's share of
+micro-batches' means for the loss. Milliseconds a clip are the mean of the steps from `--warm-up` on. `busy` is nvidia-smi's share of
 time in which the GPU did something; memory is the most that it showed; `recompiled` counts what torch.compile did again after
 the warm-up. Prints a line a run as it is done and a table, and writes OUT/against_stock.json.
 """
 
 import argparse
-import itertools
 import json
 import os
 import re
@@ -73,6 +72,7 @@ CASES = {
     "2B full": ("2B", "wzry_full_1gpu", {"stock": 8, "stock small": 2, "ours": 8}),
     "4B LoRA": ("4B", "wzry_lora", {"stock": 2, "stock large": 8, "ours": 8}),
     "2B mixed lengths": ("2B", "wzry_full_1gpu", {"stock": 4, "ours": 4}, "mixed"),
+    "4B frozen vision": ("4B", "wzry_frozen_vision", {"stock": 8, "ours": 8}),
     "4B bf16": ("4B", "wzry_full_bf16", {"stock": 8, "ours": 8}),
 }
 
@@ -172,8 +172,7 @@ def train(run: Run, work: Path, options: argparse.Namespace) -> dict[str, Any]:
         reason = next((line.strip() for line in reversed(tail) if "Error" in line), "".join(tail[-5:]))
         return {"run": run.name, "failed": reason}
     first = options.warm_up - 1
-    # The median: a step in which something is compiled is no measure of the others.
-    milliseconds = 1000 * statistics.median(b - a for a, b in itertools.pairwise(times[first:])) / STEP
+    milliseconds = 1000 * (times[-1] - times[first]) / (len(times) - 1 - first) / STEP
     busy = [value for at, value in watch.samples if times[first] < at < times[-1]]
     mfu = [step["mfu"] for step in steps[first:] if "mfu" in step]
     return {

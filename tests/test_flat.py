@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import write_clip
+from llamafactory.model.model_utils.checkpointing import get_custom_gradient_checkpointing_func
 from llamafactory_video.demo.tiny_model import save_tiny_model
 from llamafactory_video.prompt.encoder import Encoder
 from llamafactory_video.prompt.flat import _grid, lay_flat, rope_positions
@@ -19,11 +20,13 @@ from llamafactory_video.records.parse import parse_record
 from llamafactory_video.train import flat
 from llamafactory_video.train.compiled import CompileWatch, compile_layers
 from llamafactory_video.train.flat import run_flat, segment_attention
+from llamafactory_video.train.recompute import checkpoint_frozen_layers
 from llamafactory_video.video.reader import ClipReader
 from llamafactory_video.video.sampling import Sampling
 from PIL import Image
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 SAMPLING = Sampling("qwen_finetune", fps=4, min_frames=2, max_frames=8, min_pixels=4096, max_pixels=60000)
@@ -198,6 +201,37 @@ def test_layers_compile_once_for_all_lengths(folder, encoder, samples, monkeypat
     watch.on_train_end()
     assert len(lines) == 2
     assert lines[1].startswith("By step 15, torch.compile was needed again and took ")
+
+
+@pytest.mark.parametrize(
+    "trained", ["visual.merger", "visual", "language_model.layers", "embed_tokens", "language_model.norm"]
+)
+def test_frozen_layers_compute_again_where_gradients_pass_through_them(folder, encoder, samples, trained):
+    """LLaMA-Factory's way of checkpointing leaves layers without trained weights out."""
+    found = {}
+    for checkpointing in (False, True):
+        model = load(folder).train()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained in name)
+        if checkpointing:
+            wrapped = get_custom_gradient_checkpointing_func(functools.partial(checkpoint, use_reentrant=True))
+            model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=wrapped)
+        run_flat(model.model)
+        if checkpointing:
+            checkpoint_frozen_layers(model.model)
+        calls = [0]
+        for layer in model.model.language_model.layers:
+            layer.mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.__setitem__(0, calls[0] + 1))
+        batch, labels, _ = flat_inputs(samples[:2], encoder, model)
+        F.cross_entropy(model(**batch).logits[0], labels).backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        found[checkpointing] = calls[0], gradients
+    layers = len(model.model.language_model.layers)
+    assert found[False][0] == layers
+    assert found[True][0] == layers * (1 if trained == "language_model.norm" else 2)
+    assert found[True][1].keys() == found[False][1].keys() != set()
+    for name, gradient in found[False][1].items():
+        torch.testing.assert_close(found[True][1][name], gradient, rtol=1e-9, atol=1e-12)
 
 
 def test_what_was_not_laid_flat_goes_through_as_before(folder, encoder, samples):

@@ -1,11 +1,13 @@
 """Gradient checkpointing of as few layers as memory needs: which keep their activations, and which compute them again."""
 
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 PARTS = ("language_model", "vision_tower")
 _SHARE = 0.85  # of what micro-batches may take; the rest splits into blocks that are too small
@@ -29,6 +31,18 @@ def checkpoint_parts(model: torch.nn.Module, parts: Sequence[str]) -> None:
         learns = part == "language_model" or any(p.requires_grad for p in model.visual.parameters())
         for layer in layers:
             layer.gradient_checkpointing &= part in parts and learns
+
+
+def checkpoint_frozen_layers(model: torch.nn.Module) -> None:
+    """Let layers of a frozen language model compute again too, where gradients pass through them to what they are given.
+
+    LLaMA-Factory leaves layers without trained weights out, so these would keep their activations under any policy.
+    """
+    before = (model.visual, model.get_input_embeddings())
+    passes = any(p.requires_grad for part in before for p in part.parameters())
+    for layer in model.language_model.layers:
+        if passes and layer.gradient_checkpointing and not any(p.requires_grad for p in layer.parameters()):
+            layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
 
 
 def kept_layers(room: float, costs: Mapping[str, float], counts: Mapping[str, int]) -> dict[str, int]:

@@ -5,12 +5,13 @@ import shutil
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from transformers import Trainer
 
 from ..families import family_of
 from .compiled import CompileWatch, compile_layers, use_liger
 from .flat import run_flat
-from .recompute import PARTS, Recomputation, checkpoint_parts, let_segments_grow
+from .recompute import PARTS, Recomputation, checkpoint_frozen_layers, checkpoint_parts, let_segments_grow
 
 _LONG_RUN = 100  # steps after which compiling the layers has paid
 
@@ -38,7 +39,7 @@ def set_up_layers(
     on_gpu = args.device.type == "cuda"
     if compiled is None:
         pays = on_gpu and not spreads and _steps(args, trainer.train_dataset) >= _LONG_RUN and not args.torch_compile
-        compiled = pays and not getattr(model, "is_quantized", False) and _has_compiler(log)
+        compiled = pays and _compiles(model) and _has_compiler(log)
     compiled &= is_flat
     core = family_of(model.config).core
     recomputation = None
@@ -47,6 +48,7 @@ def set_up_layers(
             log("Layers are not compiled; Liger's kernels do their normalisation and rotation.")
         run_flat(module)
         checkpoint_parts(module, {"none": (), "language_model": ("language_model",)}.get(checkpointing_policy, PARTS))
+        checkpoint_frozen_layers(module)
         if compiled:
             compile_layers(module)
             trainer.add_callback(CompileWatch(log))
@@ -54,6 +56,12 @@ def set_up_layers(
             let_segments_grow()
             recomputation = Recomputation(module, log)
     return recomputation if recomputation is not None and recomputation.chooses else None
+
+
+def _compiles(model: torch.nn.Module) -> bool:
+    """Whether layers with its kind of weights are known to compile: whole ones, and bitsandbytes' of 4 bits."""
+    quantization = getattr(model.config, "quantization_config", None)
+    return quantization is None or getattr(quantization, "load_in_4bit", False)
 
 
 def _steps(args: Any, dataset: Any) -> float:
