@@ -60,7 +60,7 @@ class Profile(TrainerCallback):
         waits = {name: sum(event.name == name for event in events) / steps for name in WAITS}
         kernels: dict[str, list[float]] = {}
         for event in events:
-            if event.device_type == DeviceType.CUDA:
+            if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
                 kernels.setdefault(event.name, []).append(event.time_range.elapsed_us() / 1000)
         longest = sorted(kernels.items(), key=lambda item: -sum(item[1]))
         result = {
