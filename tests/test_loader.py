@@ -62,6 +62,19 @@ def test_a_folder_of_files(folder):
     assert answers(load(folder, "parts")) == [f'{{"标签": ["凯{i}"]}}' for i in range(3)]
 
 
+def test_what_is_read_otherwise_than_it_stands_is_told_once(folder):
+    turns = [{"from": "human", "value": "<video>看"}, {"from": "gpt", "value": "好"}]
+    clips = ["a.mp4", {"path": "a.mp4", "sample_fps": 4}, {"path": "a.mp4", "sample_fps": 2}]
+    records = [{"video": clip, "conversations": turns} for clip in clips]
+    (folder / "data.json").write_text(json.dumps(records), encoding="utf-8")
+    said = []
+    assert [json.loads(row["_videos"][0])["fps"] for row in load(folder, log=said.append).select([1, 2])] == [4, 2]
+    assert len(said) == 1
+    assert "sample_fps of a video file" in said[0]
+    assert "(2 times, first in" in said[0]
+    assert "record 2" in said[0]
+
+
 BROKEN = {
     "not JSON on a line": ('{"a": 1}\n{"a": }\n', "record 2 (line 2): record: not JSON: Expecting value"),
     "cut off": ('[{"a": 1},\n {"a": ', "record 2 (line 2): record: not JSON: Expecting value"),

@@ -232,7 +232,7 @@ class _RecordParser(ClipParser):
             self.wrong(self.keys.tools[0], quote(tools), "a list of tools, or its JSON text, is needed")
         tools = json_text(listed) if listed else ""
         self.check_layout(self.keys.tools[0], tools)
-        return Conversation(messages, images, videos, system or "", tools, self.notes)
+        return Conversation(messages, images, videos, system or "", tools, notes=self.notes)
 
 
 def parse_record(
