@@ -28,7 +28,7 @@ import av
 import numpy as np
 import torch
 from llamafactory.data.mm_plugin import get_mm_plugin
-from llamafactory_video.host.processor import apply_to_processor
+from llamafactory_video.model.processor import apply_to_processor
 from llamafactory_video.prompt.encoder import Encoder
 from llamafactory_video.prompt.pixels import frames_to_patches
 from llamafactory_video.records.parse import parse_record

@@ -18,10 +18,11 @@ ROOMS = {
     "video": {"media", "digest"},
     "prompt": {"media", "families", "records", "video"},
     "train": {"media", "families", "records", "prompt"},
-    "host": {"media", "families", "records", "video", "prompt", "train", ""},
-    "tools": {"media", "records", "video", "prompt", "host"},
+    "model": {"media", "families", "records", "video", "prompt"},
+    "host": {"media", "families", "records", "video", "prompt", "train", "model", ""},
+    "tools": {"media", "records", "video", "prompt", "model", "host"},
     "demo": set(),
-    "": {"host"},
+    "": {"host", "model"},
 }
 # room -> libraries that it must not import
 FOREIGN = {
@@ -32,6 +33,7 @@ FOREIGN = {
     "video": {"transformers", "llamafactory", "datasets"},
     "prompt": {"transformers", "llamafactory"},
     "train": {"llamafactory"},
+    "model": {"llamafactory"},
     "tools": {"llamafactory", "transformers"},
 }
 FILES = sorted(ROOT.rglob("*.py"))

@@ -8,9 +8,9 @@ import pytest
 from conftest import examples, write_clip
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
-from llamafactory_video.host.processor import apply_to_processor
 from llamafactory_video.host.rows import LAYOUT
 from llamafactory_video.media import Clip
+from llamafactory_video.model.processor import apply_to_processor
 from llamafactory_video.prompt.encoder import Encoder
 from llamafactory_video.prompt.lengths import check_lengths
 from llamafactory_video.prompt.pixels import vision_inputs

@@ -8,8 +8,8 @@ import torch
 from conftest import decode_all, examples, real_clips, write_clip
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
-from llamafactory_video.host.processor import apply_to_processor
 from llamafactory_video.host.rows import from_row
+from llamafactory_video.model.processor import apply_to_processor
 from llamafactory_video.prompt.encoder import encode_conversation
 from llamafactory_video.prompt.pixels import count_image_tokens, token_type_ids, vision_inputs
 from llamafactory_video.prompt.tokens import IGNORE_INDEX, TemplateError, check_chat_template, expand_pads, place_media

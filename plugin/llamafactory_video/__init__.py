@@ -48,6 +48,15 @@ def _autoload() -> None:
         sys.meta_path.insert(0, _Finder)
 
 
+def __getattr__(name: str):
+    """What notebooks and services use, loaded when it is asked for."""
+    if name in ("Decoding", "VideoModel"):
+        from .model import video_model
+
+        return getattr(video_model, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def register() -> None:
     """Install the plugin into LLaMA-Factory, imported already or not. Doing it twice changes nothing.
 

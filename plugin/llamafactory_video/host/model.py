@@ -1,21 +1,30 @@
 """Loading: sampling settings onto the processor, and which parameters are the projector."""
 
 import functools
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 from transformers import Qwen3VLProcessor
 
 from ..families import FAMILIES, family_of
+from ..model.processor import SamplingProcessor, add_trained_tokens, apply_to_processor, trained_contract
+from ..video.cache import GIB, open_cache
 from ..video.contract import difference
+from ..video.reader import ClipReader
+from ..video.sampling import Sampling
 from .core import is_ours, replace_everywhere
-from .processor import (
-    SamplingProcessor,
-    add_trained_tokens,
-    apply_to_processor,
-    clip_reader,
-    trained_contract,
-)
+from .keys import VideoModelKeys
+
+
+def _clip_reader(sampling: Sampling, keys: VideoModelKeys, log: Callable[[str], None]) -> ClipReader:
+    """The reader of clips that a recipe asks for, with its cache."""
+    cache = open_cache(keys.video_cache_dir, keys.video_cache_gb, log) if keys.video_cache else None
+    return ClipReader(sampling, cache, keys.video_timeout, remote=int(keys.video_remote_gb * GIB))
+
+
+def _hub(model_args: Any) -> dict[str, Any]:
+    return {"cache_dir": model_args.cache_dir, "token": model_args.hf_hub_token}
 
 
 def extend_patcher(patcher: ModuleType) -> None:
@@ -24,7 +33,9 @@ def extend_patcher(patcher: ModuleType) -> None:
 
     def patch_tokenizer(tokenizer: Any, model_args: Any) -> None:
         if is_ours(model_args):
-            add_trained_tokens(tokenizer, model_args, patcher.logger.info_rank0)
+            adapters = model_args.adapter_name_or_path or ()
+            if add_trained_tokens(tokenizer, adapters, patcher.logger.info_rank0, **_hub(model_args)):
+                model_args.resize_vocab = True
         stock_tokenizer(tokenizer, model_args)
 
     def patch_processor(processor: Any, tokenizer: Any, model_args: Any) -> None:
@@ -33,7 +44,9 @@ def extend_patcher(patcher: ModuleType) -> None:
             return
         if not tokenizer.chat_template:
             tokenizer.chat_template = processor.chat_template
-        found = trained_contract(model_args)
+        adapters = model_args.adapter_name_or_path or ()
+        revision = model_args.model_revision
+        found = trained_contract(model_args.model_name_or_path, adapters, revision, **_hub(model_args))
         name, trained = found or ("", None)
         contract = apply_to_processor(
             model_args.video_sampling, model_args.given_video_keys, processor, model_args.video_timestamps, trained
@@ -41,7 +54,7 @@ def extend_patcher(patcher: ModuleType) -> None:
         if trained is not None and (changed := difference(trained, contract)):
             say = patcher.logger.info_rank0 if model_args.video_training else patcher.logger.warning_rank0
             say(f"Sampling differs from how {name} was trained: {changed}")
-        make_reader = functools.partial(clip_reader, contract.clips, model_args, patcher.logger.info_rank0)
+        make_reader = functools.partial(_clip_reader, contract.clips, model_args, patcher.logger.info_rank0)
         SamplingProcessor.prepare(processor, contract, make_reader, patcher.logger.warning_rank0)
 
     replace_everywhere(patcher, "patch_processor", patch_processor)

@@ -120,13 +120,12 @@ def _prepare_fsdp(args: dict[str, Any]) -> None:
 
 def _check_folders(logger: Any, model_args: Any, training_args: Any, finetuning_args: Any) -> None:
     """A folder that is missing is not asked of the hub; one that holds another run, or cannot be written, is said."""
+    from ..model.loading import check_folder
+
     for path in (model_args.model_name_or_path, *(model_args.adapter_name_or_path or ())):
         if not path:
             raise ValueError("model_name_or_path is empty; give the folder of a model, or the name of one on the hub")
-        # Qwen/Qwen3-VL-4B-Instruct is a name on the hub, also where there is a folder Qwen.
-        is_local = path.startswith((".", "/", "~", "output/")) or path.count("/") > 1
-        if is_local and not Path(path).is_dir():
-            raise ValueError(f"no folder {path}; give the folder of a model or adapter, or the name of one on the hub")
+        check_folder(path)
     if training_args is None:
         return
     folder = Path(training_args.output_dir)

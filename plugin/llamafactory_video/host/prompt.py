@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..media import IMAGE_PLACEHOLDER, TOOL, USER, VIDEO_PLACEHOLDER, strip_around_placeholders
+from ..model.processor import SamplingProcessor
 from ..prompt.flat import lay_flat
 from ..prompt.pixels import count_image_tokens, token_type_ids, vision_inputs
 from ..prompt.tokens import (
@@ -22,11 +23,10 @@ from ..records.clips import decode_planned_clip
 from ..video.probe import ClipError
 from ..video.reader import ClipReader, DecodedClip
 from .core import TEMPLATE, THINKING_TEMPLATE, is_ours, replace_everywhere
-from .processor import SamplingProcessor
 
 
 def clip_reader_of(processor: Any) -> ClipReader:
-    """The reader of clips of a processor that was prepared for video (host/processor.py)."""
+    """The reader of clips of a processor that was prepared for video (model/processor.py)."""
     if not isinstance(processor, SamplingProcessor):
         found = "no processor" if processor is None else type(processor).__name__
         raise ValueError(f"template {TEMPLATE} needs a Qwen3-VL model with its processor files; found {found}")

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import yaml
 
+from .infer import add_infer
+
 
 def check(recipe: Path, overrides: list[str]) -> int:
     """Read a recipe's data as training would, and tell what the model will be shown of it.
@@ -194,6 +196,7 @@ def main() -> None:
     caching.add_argument("recipe", type=Path, nargs="?", help="a training recipe; without one, the usual cache")
     caching.add_argument("overrides", nargs="*", help="key=value, as for llamafactory-cli")
     caching.add_argument("--jobs", type=int, help="processes that decode (default: as many as there are cores)")
+    add_infer(commands)
     options = parser.parse_args()
     if options.command == "map":
         try:
@@ -202,6 +205,8 @@ def main() -> None:
             sys.exit(f"lmf-video: {error}")
     os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
     try:
+        if options.command == "infer":
+            sys.exit(1 if options.run(options) else 0)
         if options.recipe is not None and not options.recipe.is_file():
             raise ValueError(f"no file {options.recipe}; give a recipe, such as recipes/wzry_full.yaml")
         if options.command == "check":

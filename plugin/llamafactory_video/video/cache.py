@@ -18,7 +18,7 @@ import random
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -48,6 +48,7 @@ _TOUCH_SECONDS = 60
 _FINAL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 _SHARD, _ENTRY = re.compile("[0-9a-f]{2}"), re.compile(r"[0-9a-f]{30}(\.json)?(\.[0-9]+-[0-9]+\.tmp)?")
 GIB = 1 << 30
+_LEAST_CACHE = 1 * GIB  # below it, a cache that nobody asked for is not worth its place
 _RESERVE, _RESERVE_SHARE = 2 * GIB, 0.05  # the smaller of the two is left free on the disk for others
 
 
@@ -267,3 +268,29 @@ class FrameCache:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(path)
         return size
+
+
+def open_cache(folder: str | None, gib: float | None, log: Callable[[str], None]) -> FrameCache | None:
+    """The cache of frames in a folder, or None where there is no room for it; says which, with its size.
+
+    Args:
+        folder: None: the usual one.
+        gib: the most that it may take; None: half of the disk's free space.
+        log: takes a line for the person who runs this.
+    """
+    without = "Frame cache is off: {}. Every clip is decoded in every epoch. Set `video_cache_dir` to another disk to avoid this."
+    try:
+        place = Path(folder).expanduser() if folder else default_folder()
+        cache = FrameCache(place, None if gib is None else int(gib * GIB))
+        if cache.limit < _LEAST_CACHE and gib is None:
+            log(without.format(f"the disk of {place} has only {cache.limit / GIB:.1f} GiB to spare"))
+            return None
+        size = cache.size()
+    except (OSError, RuntimeError) as error:  # a folder that may not be looked into, a user without a home
+        log(without.format(f"its folder cannot be used ({error})"))
+        return None
+    log(
+        f"Frame cache: {place}, {size.clips} clips in {size.bytes / GIB:.2f} GiB, may grow to {cache.limit / GIB:.1f} "
+        "GiB (about 6 KiB a visual token). `video_cache: false` turns it off."
+    )
+    return cache

@@ -13,6 +13,12 @@ from .plan import plan_frames
 from .sampling import ClipInfo, Sampling, SamplingError
 from .sizes import tokens_of_image
 
+# What a recipe or a call can say of how clips and pictures are sampled.
+SAMPLING_KEYS = (
+    *("video_sampling", "video_timestamps", "video_fps", "video_min_frames", "video_max_frames", "video_min_pixels"),
+    *("video_max_pixels", "video_total_pixels", "image_min_pixels", "image_max_pixels"),
+)
+
 FILE = "video_sampling.json"
 _FORMAT = 1
 _ABOUT = (

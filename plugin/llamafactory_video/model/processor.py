@@ -1,7 +1,7 @@
-"""A model's processor and tokenizer, as the recipe and the model's folder say how clips are sampled."""
+"""A model's processor and tokenizer, which sample as the caller and the model's folder say."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -9,45 +9,10 @@ from typing import Any
 from transformers import AutoTokenizer, Qwen3VLProcessor
 from transformers.utils import cached_file
 
-from ..video.cache import GIB, FrameCache, default_folder
 from ..video.contract import FILE, Contract, agreed, difference, nearest, read_contract, write_contract
 from ..video.dialects import image_bounds_of, resolve_sampling
 from ..video.reader import ClipReader
 from ..video.sampling import Sampling
-from .keys import VideoModelKeys
-
-_LEAST_CACHE = 1 * GIB  # below it, a cache that nobody asked for is not worth its place
-
-
-def frame_cache(keys: VideoModelKeys, log: Callable[[str], None]) -> FrameCache | None:
-    """The cache of frames that the recipe asks for, or None where there is no room for it; says which, with its size.
-
-    Args:
-        log: takes a line for the person who runs this.
-    """
-    if not keys.video_cache:
-        return None
-    without = "Frame cache is off: {}. Every clip is decoded in every epoch. Set `video_cache_dir` to another disk to avoid this."
-    try:
-        folder = Path(keys.video_cache_dir).expanduser() if keys.video_cache_dir else default_folder()
-        cache = FrameCache(folder, None if keys.video_cache_gb is None else int(keys.video_cache_gb * GIB))
-        if cache.limit < _LEAST_CACHE and keys.video_cache_gb is None:
-            log(without.format(f"the disk of {folder} has only {cache.limit / GIB:.1f} GiB to spare"))
-            return None
-        size = cache.size()
-    except (OSError, RuntimeError) as error:  # a folder that may not be looked into, a user without a home
-        log(without.format(f"its folder cannot be used ({error})"))
-        return None
-    log(
-        f"Frame cache: {folder}, {size.clips} clips in {size.bytes / GIB:.2f} GiB, may grow to {cache.limit / GIB:.1f} "
-        "GiB (about 6 KiB a visual token). `video_cache: false` turns it off."
-    )
-    return cache
-
-
-def clip_reader(sampling: Sampling, keys: VideoModelKeys, log: Callable[[str], None]) -> ClipReader:
-    """The reader of clips that a recipe asks for, with its cache."""
-    return ClipReader(sampling, frame_cache(keys, log), keys.video_timeout, remote=int(keys.video_remote_gb * GIB))
 
 
 def apply_to_processor(
@@ -94,22 +59,27 @@ def _bounded(size: Any, least: int, most: int) -> Any:
     return type(size)(shortest_edge=least, longest_edge=most)
 
 
-def _saved_file(name: str, file: str, model_args: Any, **options: Any) -> str | None:
-    """A file beside a model or an adapter, in its folder or on the hub; None if there is none."""
-    options = {**options, "cache_dir": model_args.cache_dir, "token": model_args.hf_hub_token}
+def saved_file(name: str, file: str, **hub: Any) -> str | None:
+    """A file beside a model or an adapter, in its folder or on the hub; None if there is none.
+
+    Args:
+        hub: `cache_dir`, `token`, `revision`, as transformers' `cached_file` takes them.
+    """
     errors = ("gated_repo", "missing_entries", "connection_errors")
-    return cached_file(name, file, **options, **{f"_raise_exceptions_for_{error}": False for error in errors})
+    return cached_file(name, file, **hub, **{f"_raise_exceptions_for_{error}": False for error in errors})
 
 
-def trained_contract(model_args: Any) -> tuple[str, Contract] | None:
+def trained_contract(
+    model: str, adapters: Sequence[str], revision: str = "main", **hub: Any
+) -> tuple[str, Contract] | None:
     """How the model was sampled when it was trained, and the folder that says so; an adapter's before its model's."""
 
     def find(name: str, **options: Any) -> list[tuple[str, Contract]]:
-        file = _saved_file(name, FILE, model_args, **options)
+        file = saved_file(name, FILE, **options)
         return [] if file is None else [(name, read_contract(Path(file)))]
 
-    adapters = [pair for name in model_args.adapter_name_or_path or () for pair in find(name)]
-    return agreed(adapters or find(model_args.model_name_or_path, revision=model_args.model_revision))
+    found = [pair for name in adapters for pair in find(name, **hub)]
+    return agreed(found or find(model, revision=revision, **hub))
 
 
 class SamplingProcessor(Qwen3VLProcessor):
@@ -165,14 +135,18 @@ class SamplingProcessor(Qwen3VLProcessor):
 SamplingProcessor.__name__ = Qwen3VLProcessor.__name__  # by which saved files name their class
 
 
-def add_trained_tokens(tokenizer: Any, model_args: Any, log: Callable[[str], None]) -> None:
+def add_trained_tokens(tokenizer: Any, adapters: Sequence[str], log: Callable[[str], None], **hub: Any) -> bool:
     """Tokens that adapters were trained with and their model's tokenizer lacks, at the places that they had.
+
+    Returns:
+        Whether there are some, so that the model needs room for them.
 
     Raises:
         ValueError: if such a place is taken by another token.
     """
-    for name in model_args.adapter_name_or_path or ():
-        if _saved_file(name, "tokenizer_config.json", model_args) is None:
+    grown = False
+    for name in adapters:
+        if saved_file(name, "tokenizer_config.json", **hub) is None:
             continue
         known, added = tokenizer.get_vocab(), []
         for number, token in sorted(AutoTokenizer.from_pretrained(name).added_tokens_decoder.items()):
@@ -186,7 +160,8 @@ def add_trained_tokens(tokenizer: Any, model_args: Any, log: Callable[[str], Non
                     "or another adapter has other tokens. Give the model that it was trained on"
                 )
         if added:
-            model_args.resize_vocab = True
+            grown = True
             log(
                 f"{name} was trained with {len(added)} more tokens than its model has: {', '.join(added)}. They are added."
             )
+    return grown
