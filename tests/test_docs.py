@@ -10,6 +10,7 @@ from pathlib import Path
 import processes
 import pytest
 import yaml
+from conftest import write_clip
 from llamafactory.hparams import get_infer_args, get_train_args
 from llamafactory_video.demo.tiny_model import save_tiny_model
 from llamafactory_video.records.parse import parse_record
@@ -34,8 +35,10 @@ def commands(page: Path) -> list[list[str]]:
     found = []
     for text in blocks(page, ""):
         for line in text.replace("\\\n", " ").splitlines():
-            words = shlex.split(line.removeprefix("$ ").split(" #")[0].split("    # ")[0]) if line.isascii() else []
-            words = words or (shlex.split(line.split(" #")[0]) if " #" in line else [])
+            try:
+                words = shlex.split(line.removeprefix("$ ").split(" #")[0])
+            except ValueError:  # what a command printed
+                continue
             while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
                 words.pop(0)
             if words and words[0] in PROGRAMS:
@@ -84,6 +87,14 @@ def test_both_languages_have_the_same_commands_and_tables(page, other):
     assert rows[0] == rows[1]
 
 
+@pytest.mark.parametrize("page", [ROOT / "docs/architecture.md", ROOT / "docs/zh/architecture.md"], ids=page_id)
+def test_every_file_of_the_plugin_has_its_row(page):
+    package = ROOT / "plugin/llamafactory_video"
+    files = {str(file.relative_to(package)) for file in package.rglob("*.py")}
+    expected = {name for name in files if not name.startswith("demo/") and not name.endswith("/__init__.py")}
+    assert set(re.findall(r"^\| `([\w/]+\.py)` \|", page.read_text(encoding="utf-8"), re.MULTILINE)) == expected
+
+
 def test_the_readme_is_a_page():
     for name in ("README.md", "README_zh.md"):
         assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) < 200
@@ -114,6 +125,15 @@ def home(tmp_path_factory):
     (folder / "data").mkdir()
     for name in ("wzry", "wzry_eval"):
         (folder / "data" / f"{name}.json").write_text(json.dumps([{"conversations": turns}]), encoding="utf-8")
+    clips = folder / "data/wzry/4"
+    clips.mkdir(parents=True)
+    for number in (1, 2):
+        write_clip(clips / f"{number}.mp4", frames=20, fps=10, size=(64, 64), seed=number)
+    demo = folder / "output/demo"
+    (demo / "clips").mkdir(parents=True)
+    (demo / "clips/06311.mp4").symlink_to(clips / "1.mp4")
+    for name in ("base", "tuned"):
+        (demo / name).symlink_to(folder / "tiny")
     (folder / "train_qwen.sh").write_text(
         "torchrun train_qwen.py --model_name_or_path m --video_fps 4", encoding="utf-8"
     )
@@ -129,6 +149,8 @@ def test_commands_run_or_are_accepted(home, tmp_path, monkeypatch, words):
     if program == "lmf-video":
         if rest[:1] in (["check"], ["cache"]) and rest[-1].endswith(".yaml"):
             rest += ["model_name_or_path=tiny", f"video_cache_dir={tmp_path}", "deepspeed=null"]
+        if rest[0] == "infer":
+            rest += ["--max-new-tokens", "4"]
         run = processes.run("lmf-video", *rest, XDG_CACHE_HOME=str(tmp_path))
         assert run.returncode == 0, run.stderr[-2000:]
     elif program == "llamafactory-cli" and len(rest) > 1:

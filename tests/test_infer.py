@@ -9,11 +9,11 @@ import torch
 from conftest import write_clip
 from llamafactory.chat import ChatModel
 from llamafactory.train.tuner import run_exp
-from llamafactory_video import Decoding, VideoModel
+from llamafactory_video import Decoding, VideoModel, question
 from llamafactory_video.demo.tiny_model import save_tiny_model
 from llamafactory_video.model.video_model import OutOfMemory
 from llamafactory_video.prompt.shown import shown_text
-from llamafactory_video.records.question import clip_argument, clip_files, question, read_questions
+from llamafactory_video.records.question import clip_argument, clip_files, read_questions
 from PIL import Image
 from test_contract import DIALECTS, LORA, recipe, where
 from transformers import AutoModelForImageTextToText, AutoProcessor

@@ -50,7 +50,7 @@ def _autoload() -> None:
 
 def __getattr__(name: str):
     """What notebooks and services use, loaded when it is asked for."""
-    if name in ("Decoding", "VideoModel"):
+    if name in ("Decoding", "VideoModel", "question"):
         from .model import video_model
 
         return getattr(video_model, name)
