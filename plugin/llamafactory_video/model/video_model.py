@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from tokenizers.decoders import DecodeStream
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation import BaseStreamer
 
 from ..media import Conversation
@@ -37,6 +37,7 @@ class Decoding:
         top_p, top_k: from the likeliest tokens alone, by their share and number; 0: all, for `top_k`.
         repetition_penalty: above 1, tokens that were there become less likely.
         seed: of what is drawn; None: another each time.
+        schema: a JSON Schema that answers are held to; None: any text.
     """
 
     max_new_tokens: int = 1024
@@ -45,6 +46,7 @@ class Decoding:
     top_k: int = 0
     repetition_penalty: float = 1.0
     seed: int | None = None
+    schema: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name, right, wanted in (
@@ -116,6 +118,19 @@ class VideoModel:
         self.processor, self.tokenizer = encoder.processor, encoder.tokenizer
         ends = {self.tokenizer.convert_tokens_to_ids("<|im_end|>"), self.tokenizer.eos_token_id}
         self._ends = sorted(end for end in ends if end is not None)
+        self._grammars: Any = None  # of schemas, made when one is asked for
+
+    def grammar(self, schema: dict[str, Any]) -> Any:
+        """A JSON Schema compiled (`constrained.Grammar`).
+
+        Raises:
+            SchemaError: a ValueError, if answers cannot be held to it.
+        """
+        from .constrained import Grammars
+
+        if self._grammars is None:
+            self._grammars = Grammars(self.tokenizer, self._ends)
+        return self._grammars.of(schema)
 
     @classmethod
     def load(cls, model: str, adapter: str | Sequence[str] | None = None, **options: Any) -> "VideoModel":
@@ -258,6 +273,12 @@ class VideoModel:
             pad_token_id=self.tokenizer.pad_token_id,
             **drawn,
         )
+        if decoding.schema is not None:
+            from .constrained import JsonAnswers
+
+            grammar = self.grammar(decoding.schema)
+            held = JsonAnswers([grammar] * len(loaded), decoding.max_new_tokens)
+            options["logits_processor"] = LogitsProcessorList([held])
         try:
             inputs = self.inputs(loaded)
             with torch.inference_mode():

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ..records.json_text import json_text, read_json
 from ..records.question import Asked, clip_argument, clip_files, question, read_questions
+from ..records.schema import read_schema, schema_of_answers
 from ..video.contract import SAMPLING_KEYS
 
 _TEXTS = ("video_sampling", "video_timestamps")
@@ -47,6 +48,17 @@ def add_infer(commands: Any) -> None:
     written.add_argument("--repetition-penalty", type=float, default=1.0)
     written.add_argument("--seed", type=int, help="of what is drawn, with a temperature")
     written.add_argument("--json", action="store_true", help="see that each answer is JSON, and print it indented")
+    written.add_argument("--schema", type=Path, help="a JSON Schema (a file) that every answer is held to")
+    written.add_argument(
+        "--schema-from", type=Path, metavar="DATA", help="the same, as the answers of these records tell it"
+    )
+    written.add_argument(
+        "--schema-vocabulary",
+        nargs="+",
+        default=[],
+        metavar="FIELD",
+        help="with --schema-from: fields that hold only texts which were seen there, such as tags",
+    )
     written.add_argument("--explain", action="store_true", help="print what the model is shown, before each answer")
     written.add_argument("--out", type=Path, help="a .jsonl file, one line an answer")
     loaded = parser.add_argument_group("how the model is loaded")
@@ -73,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--batch-size is {options.batch_size}; it must be at least 1")
     asked = _questions(options)
     names = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
-    decoding = {name: getattr(options, name) for name in names}
+    decoding = {name: getattr(options, name) for name in names} | {"schema": _schema(options)}
     sampling = {key: getattr(options, key) for key in SAMPLING_KEYS if getattr(options, key) is not None}
     written: list[dict[str, Any]] = []
     if options.out is not None:
@@ -105,6 +117,18 @@ def run(options: argparse.Namespace) -> int:
     if failed:
         _say(f"{failed} of {len(asked)} have no answer" + (", or one that is not JSON" if options.json else ""))
     return failed
+
+
+def _schema(options: argparse.Namespace) -> dict[str, Any] | None:
+    if options.schema is not None and options.schema_from is not None:
+        raise ValueError("--schema stands beside --schema-from; give one of them")
+    if options.schema_vocabulary and options.schema_from is None:
+        raise ValueError("--schema-vocabulary needs --schema-from, the records whose answers are the vocabulary")
+    if options.schema is not None:
+        return read_schema(options.schema)
+    if options.schema_from is not None:
+        return schema_of_answers(options.schema_from, options.schema_vocabulary)
+    return None
 
 
 def _say(text: str) -> None:
