@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from llamafactory_video.model.flat import run_flat
 from llamafactory_video.prompt.encoder import Encoder
 from llamafactory_video.prompt.flat import lay_flat
 from llamafactory_video.prompt.pixels import token_type_ids, vision_inputs
 from llamafactory_video.prompt.tokens import IGNORE_INDEX
 from llamafactory_video.records.parse import parse_record
 from llamafactory_video.train.compiled import compile_layers
-from llamafactory_video.train.flat import run_flat
 from llamafactory_video.video.reader import ClipReader
 from llamafactory_video.video.sampling import Sampling
 from train_recipe import make_dataset, make_model

@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from conftest import write_clip
 from llamafactory.model.model_utils.checkpointing import get_custom_gradient_checkpointing_func
 from llamafactory_video.demo.tiny_model import save_tiny_model
+from llamafactory_video.model import flat
+from llamafactory_video.model.flat import run_flat, segment_attention
 from llamafactory_video.prompt.encoder import Encoder
 from llamafactory_video.prompt.flat import _grid, lay_flat, rope_positions
 from llamafactory_video.prompt.pixels import colour_scale, normalise, token_type_ids, vision_inputs
 from llamafactory_video.records.parse import parse_record
-from llamafactory_video.train import flat
 from llamafactory_video.train.compiled import CompileWatch, compile_layers
-from llamafactory_video.train.flat import run_flat, segment_attention
 from llamafactory_video.train.recompute import checkpoint_frozen_layers
 from llamafactory_video.video.reader import ClipReader
 from llamafactory_video.video.sampling import Sampling

@@ -111,6 +111,47 @@ def test_many_answers_are_those_of_each_alone(home, model, batch_size):
     assert [found[number] for number in range(len(asked))] == alone
 
 
+def test_a_clip_is_looked_at_once(home, model, monkeypatch):
+    """However many questions and turns are about it, in one batch or later; and as if it were looked at each time."""
+    seen = []
+    look = model._seen._base.visual.forward
+    fresh = VideoModel(model.model, model.encoder)  # takes the forward pass anew
+    monkeypatch.setattr(
+        fresh._seen._base.visual, "forward", lambda *args, flat: seen.append(len(flat["patches"])) or look(flat=flat)
+    )
+    first, second = (str(home / f"{number}.mp4") for number in (1, 2))
+    asked = [question("看", first), question("再看", first), question("<image>和<video>", second, str(home / "a.png"))]
+    expected = dict(model.ask_many(asked, SHORT))
+    seen.clear()
+    assert dict(fresh.ask_many(asked, SHORT)) == expected
+    count = len(seen)
+    assert count == 1
+    turns = [
+        {"role": "user", "content": "<video>看"},
+        {"role": "assistant", "content": expected[0]},
+        {"role": "user", "content": "还有吗"},
+    ]
+    fresh.ask(turns, video=first, decoding=SHORT)
+    fresh.ask("<image><video>看", video=second, image=str(home / "a.png"), decoding=SHORT)
+    assert len(seen) == count
+    fresh.ask("看", video={"path": first, "fps": 9}, decoding=SHORT)  # other frames
+    assert len(seen) == count + 1
+
+
+def test_an_answer_ends_where_it_is_told_to(home, model):
+    asked = questions(home)[3]
+    loaded = [model.encoder.load(asked)]
+    whole = model.answer(loaded, SHORT)[0]
+    assert whole.prompt_tokens == len(loaded[0][0].ids)
+    assert whole.tokens == 12 and not whole.is_whole
+    stop = whole.text[2:4]
+    ended = Decoding(max_new_tokens=12, stop=("没有这个", stop))
+    short = model.answer(loaded, ended)[0]
+    assert short.text == whole.text[: whole.text.index(stop)]
+    assert short.is_whole and short.tokens < 12
+    assert "".join(model.stream(asked, ended)) == short.text
+
+
 def test_a_clip_that_cannot_be_read_is_an_answer_of_its_own(home, model, tmp_path):
     broken = tmp_path / "broken.mp4"
     broken.write_bytes((home / "0.mp4").read_bytes()[:300])
@@ -127,7 +168,7 @@ def test_a_clip_that_cannot_be_read_is_an_answer_of_its_own(home, model, tmp_pat
 
 def test_fewer_at_once_where_memory_does_not_last(home, model, monkeypatch):
     sizes, said = [], []
-    generate = VideoModel._generate
+    answer = VideoModel.answer
 
     def small(self, loaded, *args, **kwargs):
         sizes.append(len(loaded))
@@ -135,9 +176,9 @@ def test_fewer_at_once_where_memory_does_not_last(home, model, monkeypatch):
             raise OutOfMemory("full")
         if any(len(sample.ids) > 60 for sample, _ in loaded):
             raise OutOfMemory("full")
-        return generate(self, loaded, *args, **kwargs)
+        return answer(self, loaded, *args, **kwargs)
 
-    monkeypatch.setattr(VideoModel, "_generate", small)
+    monkeypatch.setattr(VideoModel, "answer", small)
     asked = questions(home)
     found = dict(model.ask_many(asked, SHORT, 6, said.append))
     assert sizes[:2] == [6, 3]

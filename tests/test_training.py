@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from llamafactory.train.tuner import run_exp
 from llamafactory_video.host.recipe import recipe_data
+from llamafactory_video.model.flat import run_flat
 from llamafactory_video.prompt.pixels import token_type_ids, vision_inputs
 from llamafactory_video.records.report import DatasetError
-from llamafactory_video.train.flat import run_flat
 from processes import Run
 from runs import BATCH, LORA, STEPS, Start, steps, train, write_recipe
 from safetensors.torch import load_file

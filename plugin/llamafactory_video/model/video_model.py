@@ -17,12 +17,14 @@ from transformers.generation import BaseStreamer
 
 from ..media import Conversation
 from ..prompt.encoder import Encoder, Sample
-from ..prompt.pixels import token_type_ids, vision_inputs
+from ..prompt.pixels import token_type_ids
 from ..records.question import question
 from ..records.report import DatasetError
 from ..video.reader import DecodedClip
 from ..video.threads import usable_cores
+from .flat import run_flat
 from .loading import load_model
+from .seen import SeenMedia
 
 _AHEAD = 4  # batches whose clips are read while answers are written
 
@@ -38,6 +40,7 @@ class Decoding:
         repetition_penalty: above 1, tokens that were there become less likely.
         seed: of what is drawn; None: another each time.
         schema: a JSON Schema that answers are held to; None: any text.
+        stop: texts that end an answer, which they are no part of.
     """
 
     max_new_tokens: int = 1024
@@ -47,6 +50,7 @@ class Decoding:
     repetition_penalty: float = 1.0
     seed: int | None = None
     schema: dict[str, Any] | None = None
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, right, wanted in (
@@ -64,27 +68,50 @@ class OutOfMemory(RuntimeError):
     """The device has no room for a question."""
 
 
-class _Stopped(StoppingCriteria):
-    """Ends an answer that nobody reads any more."""
+@dataclass(frozen=True)
+class Answer:
+    """What was written.
 
-    def __init__(self) -> None:
-        self.event = threading.Event()
+    Attributes:
+        text: without what ended it.
+        tokens: written, with what ended it.
+        prompt_tokens: of the question.
+        is_whole: whether it was ended, by the model or by one of `Decoding.stop`, and not by lack of room.
+    """
+
+    text: str
+    tokens: int
+    prompt_tokens: int
+    is_whole: bool
+
+
+class _Stopped(StoppingCriteria):
+    """Ends an answer that nobody reads any more, or that has come to its end."""
+
+    def __init__(self, *events: threading.Event) -> None:
+        self.events = events
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
+        is_set = any(event.is_set() for event in self.events)
+        return torch.full((len(input_ids),), is_set, device=input_ids.device)
 
 
 class _Pieces(BaseStreamer):
-    """The text of an answer as it is written, character by character.
+    """The text of one answer as it is written, character by character.
 
     transformers' own streamers hold a word back until a space follows, and decode all of a line again at each token.
+
+    Args:
+        say: takes each piece.
+        stop: texts that end the answer; what may be the beginning of one is held back.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer, self.decoder = tokenizer, DecodeStream(skip_special_tokens=True)
-        self.queue: SimpleQueue[str | None] = SimpleQueue()  # None: the end
+    def __init__(self, tokenizer: Any, say: Callable[[str], None], stop: Sequence[str]) -> None:
+        self.tokenizer, self.say, self.stop = tokenizer, say, stop
+        self.decoder = DecodeStream(skip_special_tokens=True)
+        self.ended = threading.Event()  # by one of `stop`
         self.ids: list[int] | None = None
-        self.said = 0
+        self.text, self.said = "", 0
 
     def put(self, value: torch.Tensor) -> None:
         if self.ids is None:  # the prompt
@@ -92,21 +119,32 @@ class _Pieces(BaseStreamer):
             return
         for token in value.flatten().tolist():
             self.ids.append(token)
-            self._say(self.decoder.step(self.tokenizer.backend_tokenizer, token))
+            self.text += self.decoder.step(self.tokenizer.backend_tokenizer, token) or ""
+        cut = cut_at(self.text, self.stop)
+        if len(cut) < len(self.text):
+            self.text = cut
+            self.ended.set()
+        held = 0 if self.ended.is_set() else max((len(each) - 1 for each in self.stop), default=0)
+        self._say(len(self.text) - held)
 
     def end(self) -> None:
-        if self.ids:  # bytes that make no whole character may be left
-            self._say(self.tokenizer.decode(self.ids, skip_special_tokens=True)[self.said :])
-        self.queue.put(None)
+        if self.ids and not self.ended.is_set():  # bytes that make no whole character may be left
+            self.text = cut_at(self.tokenizer.decode(self.ids, skip_special_tokens=True), self.stop)
+        self._say(len(self.text))
 
-    def _say(self, piece: str | None) -> None:
-        if piece:
-            self.said += len(piece)
-            self.queue.put(piece)
+    def _say(self, until: int) -> None:
+        if until > self.said:
+            self.say(self.text[self.said : until])
+            self.said = until
+
+
+def cut_at(text: str, stop: Sequence[str]) -> str:
+    """A text up to the first of some texts in it."""
+    return text[: min([text.find(each) for each in stop if each in text], default=len(text))]
 
 
 class VideoModel:
-    """A model with its processor, made by `load`.
+    """A model with its processor, made by `load`. Several threads may ask it; they are answered one after another.
 
     Attributes:
         model: transformers' model.
@@ -119,6 +157,12 @@ class VideoModel:
         ends = {self.tokenizer.convert_tokens_to_ids("<|im_end|>"), self.tokenizer.eos_token_id}
         self._ends = sorted(end for end in ends if end is not None)
         self._grammars: Any = None  # of schemas, made when one is asked for
+        self._lock = threading.Lock()
+        base = next(module for module in model.modules() if hasattr(module, "visual"))
+        while hasattr(base.visual, "visual"):
+            base = base.visual
+        run_flat(base)
+        self._seen = SeenMedia(base, self.processor, encoder.reader.sampling)
 
     def grammar(self, schema: dict[str, Any]) -> Any:
         """A JSON Schema compiled (`constrained.Grammar`).
@@ -169,23 +213,22 @@ class VideoModel:
 
     def stream(self, conversation: Conversation, decoding: Decoding = Decoding()) -> Iterator[str]:
         """The answer to a question in pieces, as they are written; raises as `ask` does."""
-        loaded = self.encoder.load(conversation)
-        pieces = _Pieces(self.tokenizer)
-        stopped, failed = _Stopped(), []
+        loaded, pieces = self.encoder.load(conversation), SimpleQueue()
+        stopped, failed = threading.Event(), []
 
         def write() -> None:
             try:
-                self._generate([loaded], decoding, streamer=pieces, stopping_criteria=StoppingCriteriaList([stopped]))
+                self.answer([loaded], decoding, stopped, pieces.put)
             except Exception as error:  # raised where the answer is read
                 failed.append(error)
-                pieces.queue.put(None)
+            pieces.put(None)
 
         thread = threading.Thread(target=write, daemon=True)
         thread.start()
         try:
-            yield from iter(pieces.queue.get, None)
+            yield from iter(pieces.get, None)
         finally:
-            stopped.event.set()
+            stopped.set()
             thread.join()
         if failed:
             raise failed[0]
@@ -206,8 +249,6 @@ class VideoModel:
             batch_size: questions that are answered at once, at most.
             log: takes a line for the person who runs this.
         """
-        if decoding.seed is not None:
-            torch.manual_seed(decoding.seed)
         window = batch_size * _AHEAD
         parts = [range(at, min(at + window, len(conversations))) for at in range(0, len(conversations), window)]
         with ThreadPoolExecutor(min(usable_cores(), 16), "read clip") as pool:
@@ -222,7 +263,8 @@ class VideoModel:
                 while waiting:
                     chosen = waiting[:batch_size]
                     try:
-                        answers = self._generate([loaded[i] for i in chosen], decoding)
+                        written = self.answer([loaded[i] for i in chosen], decoding)
+                        answers = [answer.text for answer in written]
                     except OutOfMemory as error:
                         if len(chosen) > 1:
                             batch_size = len(chosen) // 2
@@ -238,51 +280,57 @@ class VideoModel:
         except (DatasetError, ValueError, OSError) as error:
             return error
 
-    def inputs(self, loaded: Sequence[tuple[Sample, list[DecodedClip]]]) -> dict[str, torch.Tensor]:
-        """What transformers' model takes, prompts padded on the left."""
-        longest = max(len(sample.ids) for sample, _ in loaded)
-        ids = torch.full((len(loaded), longest), self.tokenizer.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for row, (sample, _) in enumerate(loaded):
-            ids[row, longest - len(sample.ids) :] = torch.tensor(sample.ids)
-            mask[row, longest - len(sample.ids) :] = 1
-        images = [image for sample, _ in loaded for image in sample.images]
-        clips = [clip for _, decoded in loaded for clip in decoded]
-        shown = vision_inputs(images, clips, self.processor, self.encoder.reader.sampling)
-        types = token_type_ids(ids, self.processor)
-        inputs = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": types, **shown}
-        return {name: value.to(self.model.device) for name, value in inputs.items()}
-
-    def _generate(
-        self, loaded: Sequence[tuple[Sample, list[DecodedClip]]], decoding: Decoding, **options: Any
-    ) -> list[str]:
+    def answer(
+        self,
+        loaded: Sequence[tuple[Sample, list[DecodedClip]]],
+        decoding: Decoding = Decoding(),
+        stopped: threading.Event | None = None,
+        say: Callable[[str], None] | None = None,
+    ) -> list[Answer]:
         """The answers to questions that are asked at once.
+
+        Args:
+            loaded: what `encoder.load` makes of questions.
+            stopped: ends answers when it is set.
+            say: takes the pieces of the one answer as they are written.
 
         Raises:
             OutOfMemory: if the device has no room for them.
+            SchemaError: if answers cannot be held to the schema.
         """
         draws = decoding.temperature > 0
-        drawn = (
-            {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": decoding.top_k} if draws else {}
-        )
+        drawn = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": decoding.top_k}
         config = GenerationConfig(
             max_new_tokens=decoding.max_new_tokens,
             do_sample=draws,
             repetition_penalty=decoding.repetition_penalty,
             eos_token_id=self._ends,
             pad_token_id=self.tokenizer.pad_token_id,
-            **drawn,
+            **(drawn if draws else {}),
         )
+        options: dict[str, Any] = {}
         if decoding.schema is not None:
             from .constrained import JsonAnswers
 
             grammar = self.grammar(decoding.schema)
             held = JsonAnswers([grammar] * len(loaded), decoding.max_new_tokens)
             options["logits_processor"] = LogitsProcessorList([held])
+        events = [] if stopped is None else [stopped]
+        if say is not None:
+            options["streamer"] = _Pieces(self.tokenizer, say, decoding.stop)
+            events.append(options["streamer"].ended)
+        elif decoding.stop:
+            options |= {"stop_strings": list(decoding.stop), "tokenizer": self.tokenizer}
+        options["stopping_criteria"] = StoppingCriteriaList([_Stopped(*events)] if events else [])
+        ids, mask = self._padded(loaded)
         try:
-            inputs = self.inputs(loaded)
-            with torch.inference_mode():
-                ids = self.model.generate(**inputs, generation_config=config, **options)
+            with self._lock, torch.inference_mode(), self._shown(loaded) as shown:
+                if decoding.seed is not None:
+                    torch.manual_seed(decoding.seed)
+                inputs = {"input_ids": ids, "attention_mask": mask, **shown}
+                inputs["mm_token_type_ids"] = token_type_ids(ids, self.processor)
+                inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
+                written = self.model.generate(**inputs, generation_config=config, **options)
         except torch.OutOfMemoryError as error:
             torch.cuda.empty_cache()
             tokens = max(len(sample.ids) for sample, _ in loaded)
@@ -291,5 +339,29 @@ class VideoModel:
                 f"no memory for a question of {tokens} tokens, {visual} of them visual. Lower video_max_pixels or "
                 f"video_max_frames to half, load the model in 4 bits, or in bfloat16 if it is not"
             ) from error
-        answers = ids[:, inputs["input_ids"].shape[1] :]
-        return self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return [
+            self._read(row, sample, decoding)
+            for row, (sample, _) in zip(written[:, ids.shape[1] :].tolist(), loaded, strict=True)
+        ]
+
+    def _padded(self, loaded: Sequence[tuple[Sample, list[DecodedClip]]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prompts of a batch, padded on the left, and which of their tokens are real, (batch, tokens) both."""
+        longest = max(len(sample.ids) for sample, _ in loaded)
+        ids = torch.full((len(loaded), longest), self.tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for row, (sample, _) in enumerate(loaded):
+            ids[row, longest - len(sample.ids) :] = torch.tensor(sample.ids)
+            mask[row, longest - len(sample.ids) :] = 1
+        return ids, mask
+
+    def _shown(self, loaded: Sequence[tuple[Sample, list[DecodedClip]]]) -> Any:
+        images = [image for sample, _ in loaded for image in sample.images]
+        return self._seen.shown(images, [clip for _, decoded in loaded for clip in decoded])
+
+    def _read(self, row: Sequence[int], sample: Sample, decoding: Decoding) -> Answer:
+        """An answer from the tokens that were written."""
+        ended = next((at for at, token in enumerate(row) if token in self._ends), None)
+        tokens = len(row) if ended is None else ended + 1
+        text = self.tokenizer.decode(row[:tokens], skip_special_tokens=True)
+        cut = cut_at(text, decoding.stop)
+        return Answer(cut, tokens, len(sample.ids), ended is not None or cut != text)

@@ -1,6 +1,6 @@
 """Samples laid end to end, without padding: all that a forward pass must know of their layout.
 
-It is worked out where clips are read, so the forward pass (`train.flat`) never waits for the device.
+It is worked out where clips are read, so the forward pass (`model.flat`) never waits for the device.
 """
 
 import functools
@@ -67,6 +67,42 @@ def rope_positions(
     return positions
 
 
+def lay_vision(
+    images: Sequence[Any], clips: Sequence[DecodedClip], processor: Any, sampling: Sampling, table_side: int
+) -> tuple[dict[str, Any], list[list[int]], list[list[int]]]:
+    """Pictures and clips for the vision tower, end to end.
+
+    Args: see `lay_flat`.
+
+    Returns:
+        What the tower takes, see `model.flat`; and the grids of pictures and of clips, in patches of time, height, width.
+    """
+    vision = vision_inputs(images, clips, processor, sampling, normalised=False)
+    image_grids, clip_grids = (
+        vision.get(f"{kind}_grid_thw", torch.empty(0, 3, dtype=torch.long)).tolist() for kind in ("image", "video")
+    )
+    video = processor.video_processor
+    merge = video.merge_size
+    patches = [vision[name] for name in ("pixel_values", "pixel_values_videos") if name in vision]
+    # Something is always shown to the tower: where weights are spread over processes, all must pass it.
+    towers = [*image_grids, *clip_grids] or [(1, merge, merge)]
+    if not patches:
+        patches = [torch.zeros(merge**2, 3 * video.temporal_patch_size * video.patch_size**2, dtype=torch.uint8)]
+    pictures = [(h, w) for t, h, w in towers for _ in range(t)]
+    coordinates, index, weight = zip(*(_grid(h, w, merge, table_side) for h, w in pictures), strict=True)
+    areas = [h * w for h, w in pictures]
+    layout = {
+        "patches": torch.cat(patches),
+        "vision_cu_seqlens": torch.tensor([0, *itertools.accumulate(areas)], dtype=torch.int32),
+        "vision_longest": _round_up(max(areas)),
+        "coordinates": torch.cat(coordinates),
+        "table_index": torch.cat(index, dim=1),
+        "table_weight": torch.cat(weight, dim=1),
+        "colour_scale": colour_scale(video),
+    }
+    return layout, image_grids, clip_grids
+
+
 def lay_flat(
     samples: Sequence[tuple[Sequence[int], Sequence[int]]],
     images: Sequence[Any],
@@ -85,15 +121,12 @@ def lay_flat(
 
     Returns:
         For the model `input_ids` (1, tokens), `position_ids` (3, 1, tokens), `logits_to_keep` (labels,), the positions
-        before each label, and `flat`, see `train.flat`; for the loss `labels` (labels,); for the trainer `counts`, see
+        before each label, and `flat`, see `model.flat`; for the loss `labels` (labels,); for the trainer `counts`, see
         `Throughput.add`, with `supervised`, the labels of each sample.
     """
     pads = processor.image_token_id, processor.video_token_id
     merge = processor.video_processor.merge_size
-    vision = vision_inputs(images, clips, processor, sampling, normalised=False)
-    image_grids, clip_grids = (
-        vision.get(f"{kind}_grid_thw", torch.empty(0, 3, dtype=torch.long)).tolist() for kind in ("image", "video")
-    )
+    vision, image_grids, clip_grids = lay_vision(images, clips, processor, sampling, table_side)
     ids = [np.asarray(sample[0]) for sample in samples]
     lengths = [len(each) for each in ids]
     starts = [0, *itertools.accumulate(lengths)]
@@ -114,15 +147,6 @@ def lay_flat(
     whole = np.concatenate(ids)
 
     grids = [*image_grids, *clip_grids]
-    # Something is always shown to the tower: where weights are spread over processes, all must pass it.
-    towers = grids or [(1, merge, merge)]
-    patches = [vision[name] for name in ("pixel_values", "pixel_values_videos") if name in vision]
-    video = processor.video_processor
-    if not grids:
-        patches = [torch.zeros(merge**2, 3 * video.temporal_patch_size * video.patch_size**2, dtype=torch.uint8)]
-    pictures = [(h, w) for t, h, w in towers for _ in range(t)]
-    coordinates, index, weight = zip(*(_grid(h, w, merge, table_side) for h, w in pictures), strict=True)
-    areas = [h * w for h, w in pictures]
     visual_at = np.concatenate([np.flatnonzero(whole == pad) for pad in pads])
     return {
         "input_ids": torch.from_numpy(whole)[None],
@@ -133,13 +157,7 @@ def lay_flat(
             "cu_seqlens": torch.tensor(starts, dtype=torch.int32),
             "longest": _round_up(max(lengths)),
             "visual_at": torch.from_numpy(visual_at) if grids else None,
-            "patches": torch.cat(patches),
-            "vision_cu_seqlens": torch.tensor([0, *itertools.accumulate(areas)], dtype=torch.int32),
-            "vision_longest": _round_up(max(areas)),
-            "coordinates": torch.cat(coordinates),
-            "table_index": torch.cat(index, dim=1),
-            "table_weight": torch.cat(weight, dim=1),
-            "colour_scale": colour_scale(video),
+            **vision,
         },
         "counts": {
             "images": len(images),

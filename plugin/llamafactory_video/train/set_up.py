@@ -9,8 +9,8 @@ import torch
 from transformers import Trainer
 
 from ..families import family_of
+from ..model.flat import run_flat
 from .compiled import CompileWatch, compile_layers, use_liger
-from .flat import run_flat
 from .recompute import PARTS, Recomputation, checkpoint_frozen_layers, checkpoint_parts, let_segments_grow
 
 _LONG_RUN = 100  # steps after which compiling the layers has paid

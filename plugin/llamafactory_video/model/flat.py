@@ -222,7 +222,7 @@ def _padded(model: torch.nn.Module, *args: Any, pixel_values=None, pixel_values_
     Patches attend within their own picture or time slice, so the result is the same.
     """
     shown = {"pixel_values": pixel_values, "pixel_values_videos": pixel_values_videos}
-    if pixel_values is None or pixel_values_videos is None:
+    if pixel_values is None or pixel_values_videos is None or "get_video_features" in vars(model):
         return type(model).forward(model, *args, **shown, **kwargs)
     images, clips = kwargs["image_grid_thw"], kwargs["video_grid_thw"]
     features = model.get_image_features(
