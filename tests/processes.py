@@ -70,6 +70,7 @@ def serving(*words: str, **env: str) -> Iterator[BaseProcess]:
         Path(folder, "in").touch()
         process = SERVER.Process(target=_call, args=(list(words), env, folder))
         process.start()
+        process.folder = folder  # of its output, in out and err
         try:
             yield process
         finally:

@@ -19,7 +19,8 @@ ROOMS = {
     "prompt": {"media", "families", "records", "video"},
     "model": {"media", "families", "records", "video", "prompt"},
     "train": {"media", "families", "records", "prompt", "model"},
-    "host": {"media", "families", "records", "video", "prompt", "train", "model", ""},
+    "serve": {"media", "records", "video", "prompt", "model"},
+    "host": {"media", "families", "records", "video", "prompt", "train", "model", "serve", ""},
     "tools": {"media", "records", "video", "prompt", "model", "host"},
     "demo": set(),
     "": {"host", "model"},
@@ -34,6 +35,7 @@ FOREIGN = {
     "prompt": {"transformers", "llamafactory"},
     "train": {"llamafactory"},
     "model": {"llamafactory"},
+    "serve": {"llamafactory", "transformers"},
     "tools": {"llamafactory", "transformers"},
 }
 FILES = sorted(ROOT.rglob("*.py"))

@@ -53,13 +53,20 @@ def run_folder(home: Path, kind: str) -> Path:
 SERVER = """
 import sys, torch
 from llamafactory.cli import main
+from llamafactory_video.model import seen
+from llamafactory_video.prompt.pixels import normalise
 from transformers import GenerationMixin
-kept, generate = sys.argv.pop(), GenerationMixin.generate
-def keep(self, *args, inputs, **others):
+kept, generate, lay = sys.argv.pop(), GenerationMixin.generate, seen.lay_vision
+given = {}
+def lay_and_keep(*args):
+    layout, *grids = lay(*args)
+    given["pixel_values_videos"] = normalise(layout["patches"], *layout["colour_scale"])
+    return layout, *grids
+def keep(self, *args, pixel_values_videos, **others):
     tensors = {name: value for name, value in others.items() if isinstance(value, torch.Tensor)}
-    torch.save({"input_ids": inputs, **tensors}, kept)
-    return generate(self, *args, inputs=inputs, **others)
-GenerationMixin.generate = keep
+    torch.save({**tensors, **given}, kept)
+    return generate(self, *args, pixel_values_videos=pixel_values_videos, **others)
+seen.lay_vision, GenerationMixin.generate = lay_and_keep, keep
 main()
 """
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from ..video.dialects import LLAMAFACTORY_DEFAULTS
 
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-_ABOVE_0 = ("video_timeout", "video_cache_gb", "video_remote_gb")
+_ABOVE_0 = ("video_timeout", "video_cache_gb", "video_remote_gb", "api_max_upload_mb", "api_max_visual_tokens")
 _AT_LEAST_0 = ("answer_json_indent", "vision_tower_lr", "mm_projector_lr")
 
 
@@ -105,6 +105,39 @@ class VideoModelKeys:
     )
     video_remote_gb: float = field(
         default=2.0, metadata={"help": "Size limit, in GiB, of a clip that a request to the API gives by address."}
+    )
+    json_schema: str | None = field(
+        default=None,
+        metadata={"help": "A file with the JSON Schema that answers are held to, in chat, API and predict."},
+    )
+    json_schema_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "Annotations (.json, .jsonl or a folder) whose answers tell that schema; in place of `json_schema`."
+        },
+    )
+    json_schema_vocabulary: str | None = field(
+        default=None,
+        metadata={
+            "help": "With `json_schema_from`: fields, with commas, that hold only texts which were seen there, such as tags."
+        },
+    )
+    api_max_upload_mb: float = field(
+        default=256.0, metadata={"help": "Size limit, in MiB, of a request to the API, clips inside it included."}
+    )
+    api_max_visual_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "The most visual tokens of a request to the API, which may ask for other fps, frames and pixels than the "
+            "recipe's. Default: what the model takes."
+        },
+    )
+    api_allowed_hosts: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hosts, addresses and networks inside one's own network, with commas, that the API may fetch clips from: "
+            "store.internal,10.0.0.0/8. Public ones are always allowed."
+        },
     )
     image_min_pixels: int | None = field(default=None, metadata={"help": "Minimum number of pixels of an image."})
     image_max_pixels: int | None = field(default=None, metadata={"help": "Maximum number of pixels of an image."})

@@ -123,6 +123,16 @@ TABLE: dict[str, tuple[dict[str, str], str | None]] = {
         },
         "train.extend_workflow",
     ),
+    "llamafactory.chat.hf_engine": (
+        {
+            "HuggingfaceEngine.__init__": "model_args data_args finetuning_args generating_args",
+            "HuggingfaceEngine.chat": "messages system tools images videos audios",
+            "HuggingfaceEngine.stream_chat": "messages system tools images videos audios",
+            "Response": "",
+        },
+        "engine.extend_engine",
+    ),
+    "llamafactory.api.app": ({"create_app": "chat_model"}, "api.extend_api"),
     "llamafactory.chat.chat_model": (
         {"run_chat": "", "ChatModel.stream_chat": "messages images videos"},
         "chat.extend_chat",
@@ -136,7 +146,7 @@ def _defined_names(source: str) -> dict[str, set[str] | None]:
     names: dict[str, set[str] | None] = {}
 
     def take(node: ast.AST, prefix: str) -> None:
-        if isinstance(node, ast.FunctionDef):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             names[prefix + node.name] = {argument.arg for argument in [*node.args.args, *node.args.kwonlyargs]}
         elif isinstance(node, ast.ClassDef):
             names[node.name] = None

@@ -164,17 +164,23 @@ class VideoModel:
         run_flat(base)
         self._seen = SeenMedia(base, self.processor, encoder.reader.sampling)
 
-    def grammar(self, schema: dict[str, Any]) -> Any:
-        """A JSON Schema compiled (`constrained.Grammar`).
+    def hold(self, rows: Sequence[Any], decoding: Decoding) -> LogitsProcessorList:
+        """What holds the answers of a batch to `decoding.schema`, for transformers' `generate`.
+
+        Args:
+            rows: of the batch.
 
         Raises:
             SchemaError: a ValueError, if answers cannot be held to it.
         """
-        from .constrained import Grammars
+        if decoding.schema is None:
+            return LogitsProcessorList()
+        from .constrained import Grammars, JsonAnswers
 
         if self._grammars is None:
             self._grammars = Grammars(self.tokenizer, self._ends)
-        return self._grammars.of(schema)
+        grammar = self._grammars.of(decoding.schema)
+        return LogitsProcessorList([JsonAnswers([grammar] * max(1, len(rows)), decoding.max_new_tokens)])
 
     @classmethod
     def load(cls, model: str, adapter: str | Sequence[str] | None = None, **options: Any) -> "VideoModel":
@@ -308,13 +314,7 @@ class VideoModel:
             pad_token_id=self.tokenizer.pad_token_id,
             **(drawn if draws else {}),
         )
-        options: dict[str, Any] = {}
-        if decoding.schema is not None:
-            from .constrained import JsonAnswers
-
-            grammar = self.grammar(decoding.schema)
-            held = JsonAnswers([grammar] * len(loaded), decoding.max_new_tokens)
-            options["logits_processor"] = LogitsProcessorList([held])
+        options: dict[str, Any] = {"logits_processor": self.hold(loaded, decoding)}
         events = [] if stopped is None else [stopped]
         if say is not None:
             options["streamer"] = _Pieces(self.tokenizer, say, decoding.stop)
