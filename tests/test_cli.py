@@ -124,7 +124,9 @@ def test_streaming(home, processes):
 
 def test_chat_about_a_clip(home, trained):
     clip = f"<video>{home / '0.mp4'}</video>"
-    questions = f"{clip}描述\n再说\n<video>gone.mp4</video>\n{clip}还有呢\n<video>没关\nexit\n"
+    questions = (
+        f"{clip}描述\n再说\n<video>gone.mp4</video>\n<video>file://{home / '0.mp4'}</video>还有呢\n<video>没关\nexit\n"
+    )
     options = ["--template", "qwen3_vl_video", "--video_sampling", "qwen_finetune", "--max_new_tokens", "4"]
     result = run_anew("llamafactory-cli", "chat", "--model_name_or_path", str(trained), *options, stdin=questions)
     # Not its exit code: LLaMA-Factory ends with its threads still running, and now and then the process aborts there.

@@ -187,6 +187,18 @@ def test_fewer_at_once_where_memory_does_not_last(home, model, monkeypatch):
     assert said[0] == "No memory for 6 questions at once; from here on there are 3."
 
 
+def test_out_of_memory_says_what_to_lower_and_to_what(home, model, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(model.model, "generate", full)
+    with pytest.raises(
+        OutOfMemory,
+        match=r"\d+ of them visual; lower video_max_pixels from (\d+) to \d+, or lower video_max_frames from 6 to 3",
+    ):
+        model.ask("看", video=home / "0.mp4")
+
+
 def test_what_is_drawn_is_drawn_again_by_the_same_seed(home, model):
     asked = questions(home)[:3]
     drawn = [
@@ -208,7 +220,9 @@ def test_a_reader_who_leaves_stops_the_answer(home, model):
     pieces.close()  # waits for the thread that writes
 
 
-def test_folders_and_options_that_are_wrong(home, tmp_path):
+def test_folders_and_options_that_are_wrong(home, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
     def wrong(message, *args, **kwargs):
         with pytest.raises(ValueError, match=message):
             VideoModel.load(*args, **kwargs)
@@ -217,6 +231,7 @@ def test_folders_and_options_that_are_wrong(home, tmp_path):
     wrong("no folder .*nowhere", str(home / "model"), str(home / "nowhere"))
     wrong("has no adapter_config.json; an adapter's folder is needed", str(home / "model"), str(home / "full"))
     wrong("unknown option video_fpz; sampling has .*video_fps", str(home / "model"), video_fpz=2)
+    wrong("Qwen/Qwen3-VL-4B-Instruct was not downloaded before, and HF_HUB_OFFLINE=1", "Qwen/Qwen3-VL-4B-Instruct")
     wrong("dtype is half; known are bfloat16", str(home / "model"), dtype="half")
     shutil.copytree(home / "lora", tmp_path / "alone")
     file = tmp_path / "alone/adapter_config.json"

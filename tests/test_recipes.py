@@ -14,10 +14,12 @@ import pytest
 import torch
 from accelerate import FullyShardedDataParallelPlugin
 from conftest import write_clip
+from jsonschema import Draft202012Validator
 from llamafactory.hparams import get_infer_args, get_train_args
 from llamafactory.model import load_tokenizer
 from llamafactory.train.tuner import export_model, run_exp
 from llamafactory_video.demo.tiny_model import build_config, build_tokenizer, save_tiny_model
+from llamafactory_video.records.schema import schema_of_answers
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
@@ -354,3 +356,23 @@ def test_predict_answers_every_example(shrunken, tmp_path):
     assert '\\"tags\\": [\\"游戏直播\\", \\"王者荣耀\\", \\"凯\\", \\"击杀\\"]' in lines[0]
     assert json.loads(lines[0])["predict"] != json.loads(lines[0])["label"]
     assert {"predict_rouge-l", "predict_bleu-4"} <= json.loads((tmp_path / "predict_results.json").read_text()).keys()
+
+
+def test_predict_holds_answers_to_the_schema_that_training_answers_tell(shrunken, tmp_path):
+    """Of a random model: each parses, and has no tag that was not taught."""
+    answers = [{"video_description": "好", "tags": ["凯", "击杀"]}, {"video_description": "坏", "tags": []}]
+    turns = [[{"from": "human", "value": "问"}, {"from": "gpt", "value": answer}] for answer in answers]
+    example = tmp_path / "taught.json"
+    example.write_text(json.dumps([{"conversations": each} for each in turns], ensure_ascii=False), encoding="utf-8")
+    keys = {**shrunken.model, **shrunken.data, "eval_dataset": "wzry_example", "max_new_tokens": 80}
+    schema = {"json_schema_from": str(example), "json_schema_vocabulary": "tags"}
+    run_exp(recipe("wzry_predict", **keys, **schema, output_dir=str(tmp_path)))
+    told = schema_of_answers(example, ["tags"])
+    lines = (tmp_path / "generated_predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    for line in lines:
+        Draft202012Validator(told).validate(json.loads(json.loads(line)["predict"]))
+    assert len(lines) > 1
+    with pytest.raises(ValueError, match=r"no file .*gone\.json"):
+        run_exp(
+            recipe("wzry_predict", **keys, json_schema=str(tmp_path / "gone.json"), output_dir=str(tmp_path / "x"))
+        )

@@ -5,7 +5,9 @@ from types import ModuleType
 from typing import Any
 
 from ..media import USER
+from ..model.video_model import OutOfMemory
 from .core import is_ours, replace_everywhere
+from .engine import SOURCE
 
 
 def take_inline_media(messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[str], list[str]]:
@@ -20,7 +22,7 @@ def take_inline_media(messages: list[dict[str, str]]) -> tuple[list[dict[str, st
     paths: dict[str, list[str]] = {"video": [], "image": []}
 
     def place(match: re.Match) -> str:
-        paths[match[1]].append(match[2].strip())
+        paths[match[1]].append(match[2].strip().removeprefix("file://"))
         return f"<{match[1]}>"
 
     taken = []
@@ -60,8 +62,8 @@ def extend_chat(chat_model: ModuleType) -> None:
             try:
                 asked, videos, images = take_inline_media(messages)
                 yield from super().stream_chat(asked, *args, videos=videos or None, images=images or None, **kwargs)
-            except ValueError as error:
-                yield f"[error: {error}]"
+            except (ValueError, OutOfMemory) as error:
+                yield f"[error: {str(error).removeprefix(f'{SOURCE}: ')}]"
 
     def run_chat() -> None:
         chat_model.ChatModel = VideoChatModel

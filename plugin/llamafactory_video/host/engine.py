@@ -10,10 +10,11 @@ from typing import Any
 from ..media import IMAGE_PLACEHOLDER, USER, VIDEO_PLACEHOLDER, Conversation, strip_around_placeholders
 from ..model.video_model import Decoding, VideoModel
 from ..prompt.encoder import Encoder
-from ..records.schema import read_schema, schema_of_answers
 from ..video.reader import as_clip
 from .core import is_ours, replace_everywhere
 from .prompt import clip_reader_of
+
+SOURCE = "the question"  # what errors name
 
 
 def schema_of(model_args: Any) -> dict[str, Any] | None:
@@ -27,11 +28,13 @@ def schema_of(model_args: Any) -> dict[str, Any] | None:
         raise ValueError("json_schema stands beside json_schema_from; give one of them")
     if vocabulary is not None and data is None:
         raise ValueError("json_schema_vocabulary needs json_schema_from, whose answers are the vocabulary")
+    if file is None and data is None:
+        return None
+    from ..records.schema import read_schema, schema_of_answers
+
     if file is not None:
         return read_schema(Path(file))
-    if data is not None:
-        return schema_of_answers(Path(data), [name.strip() for name in (vocabulary or "").split(",") if name.strip()])
-    return None
+    return schema_of_answers(Path(data), [name.strip() for name in (vocabulary or "").split(",") if name.strip()])
 
 
 def decoding_of(generating_args: dict[str, Any], schema: dict[str, Any] | None = None) -> Decoding:
@@ -81,7 +84,7 @@ def _conversation(
         videos=[as_clip(video) for video in videos or ()],
         system=system or "",
         tools=tools or "",
-        source="the question",
+        source=SOURCE,
     )
 
 

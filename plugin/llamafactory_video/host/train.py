@@ -12,6 +12,7 @@ from ..train.optimizer import given_rates, make_optimizer
 from ..train.run_record import describe_run
 from ..train.trainer import VideoTrainer
 from .core import is_ours, replace_everywhere
+from .engine import schema_of
 from .prompt import FlatCollator
 from .recipe import resolved_recipe
 from .rows import LAYOUT
@@ -22,6 +23,13 @@ def extend_trainer(trainer: ModuleType) -> None:
     stock = trainer.CustomSeq2SeqTrainer
 
     class CustomSeq2SeqTrainer(stock):
+        hold: Any = None  # what holds the answers of a batch to a JSON Schema, made for each
+
+        def prediction_step(self, model: Any, inputs: Any, *args: Any, **given: Any) -> Any:
+            if self.hold is not None and self.args.predict_with_generate:
+                given = {**self._gen_kwargs, **given, "logits_processor": self.hold(inputs["input_ids"])}
+            return super().prediction_step(model, inputs, *args, **given)
+
         def save_predictions(self, dataset: Any, predict_results: Any, skip_special_tokens: bool = True) -> None:
             prompts = dataset
             if is_ours(self.finetuning_args) and self.is_world_process_zero():
@@ -59,6 +67,7 @@ def extend_workflow(workflow: ModuleType) -> None:
             log=workflow.logger.warning_rank0,
             **kwargs,
         )
+        trainer.hold = _hold(arguments, kwargs["tokenizer"])
         for callback in trainer.callback_handler.callbacks:
             if type(callback).__name__ == "SaveProcessorCallback":
                 callback.on_save = lambda *_, **__: None  # a checkpoint that has its name is not written to again
@@ -83,6 +92,21 @@ def extend_workflow(workflow: ModuleType) -> None:
             workflow.CustomSeq2SeqTrainer, workflow.create_modelcard_and_push = stock, make_card
 
     replace_everywhere(workflow, "run_sft", run_sft)
+
+
+def _hold(arguments: list[Any], tokenizer: Any) -> Any:
+    """What holds answers to the recipe's JSON Schema in predict; None where it has none."""
+    model_args, training_args, generating_args = arguments[0], arguments[2], arguments[4]
+    schema = schema_of(model_args) if training_args.predict_with_generate else None
+    if schema is None:
+        return None
+    from transformers import LogitsProcessorList
+
+    from ..model.constrained import Grammars, JsonAnswers
+    from ..model.video_model import answer_ends
+
+    grammar = Grammars(tokenizer, answer_ends(tokenizer)).of(schema)
+    return lambda ids: LogitsProcessorList([JsonAnswers([grammar] * len(ids), generating_args.max_new_tokens)])
 
 
 def _flat_collator(kwargs: dict[str, Any]) -> FlatCollator:

@@ -1,6 +1,7 @@
 """A model's weights and processor, and adapters', for asking it."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,6 +45,10 @@ def _config(name: str) -> Any:
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
+        if os.environ.get("HF_HUB_OFFLINE") == "1" and not Path(name).is_dir():
+            raise ValueError(
+                f"{name} was not downloaded before, and HF_HUB_OFFLINE=1 forbids it now; unset it, or give a model's folder"
+            ) from error
         reason = " ".join(str(error).split())
         raise ValueError(f"{name}: no model that can be loaded. {reason}") from error
 

@@ -143,6 +143,12 @@ def cut_at(text: str, stop: Sequence[str]) -> str:
     return text[: min([text.find(each) for each in stop if each in text], default=len(text))]
 
 
+def answer_ends(tokenizer: Any) -> list[int]:
+    """The tokens that end an answer."""
+    ends = {tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer.eos_token_id}
+    return sorted(end for end in ends if end is not None)
+
+
 class VideoModel:
     """A model with its processor, made by `load`. Several threads may ask it; they are answered one after another.
 
@@ -154,8 +160,7 @@ class VideoModel:
     def __init__(self, model: Any, encoder: Encoder) -> None:
         self.model, self.encoder = model, encoder
         self.processor, self.tokenizer = encoder.processor, encoder.tokenizer
-        ends = {self.tokenizer.convert_tokens_to_ids("<|im_end|>"), self.tokenizer.eos_token_id}
-        self._ends = sorted(end for end in ends if end is not None)
+        self._ends = answer_ends(self.tokenizer)
         self._grammars: Any = None  # of schemas, made when one is asked for
         self._lock = threading.Lock()
         base = next(module for module in model.modules() if hasattr(module, "visual"))
@@ -335,9 +340,12 @@ class VideoModel:
             torch.cuda.empty_cache()
             tokens = max(len(sample.ids) for sample, _ in loaded)
             visual = max(self.encoder.visual_tokens(sample.ids) for sample, _ in loaded)
+            sampling = self.encoder.reader.sampling
+            limits = {"video_max_pixels": sampling.max_pixels, "video_max_frames": sampling.max_frames}
+            lower = [f"lower {name} from {value} to {value // 2}" for name, value in limits.items() if value]
             raise OutOfMemory(
-                f"no memory for a question of {tokens} tokens, {visual} of them visual. Lower video_max_pixels or "
-                f"video_max_frames to half, load the model in 4 bits, or in bfloat16 if it is not"
+                f"no memory for a question of {tokens} tokens, {visual} of them visual; {', or '.join(lower)}, or load the "
+                "model in 4 bits, or in bfloat16 if it is in float32"
             ) from error
         return [
             self._read(row, sample, decoding)
