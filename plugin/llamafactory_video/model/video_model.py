@@ -5,7 +5,7 @@ What it is shown of a clip is what training showed (`video.contract`), and its p
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
@@ -26,7 +26,8 @@ from .flat import run_flat
 from .loading import load_model
 from .seen import SeenMedia
 
-_AHEAD = 4  # batches whose clips are read while answers are written
+_AT_ONCE = 64  # questions, on a GPU: writing a token for many takes little longer than for one
+_SORTED = 16  # batches whose questions are sorted by length
 
 
 @dataclass(frozen=True)
@@ -248,7 +249,7 @@ class VideoModel:
         self,
         conversations: Sequence[Conversation],
         decoding: Decoding = Decoding(),
-        batch_size: int = 8,
+        batch_size: int | None = None,
         log: Callable[[str], None] = print,
     ) -> Iterator[tuple[int, str | Exception]]:
         """Answers to many questions, each with the number of its question, in the order in which they are done.
@@ -257,39 +258,65 @@ class VideoModel:
         does not last. What cannot be asked is given as the error in its place.
 
         Args:
-            batch_size: questions that are answered at once, at most.
+            batch_size: questions that are answered at once, at most; None: as many as memory has room for.
             log: takes a line for the person who runs this.
         """
-        window = batch_size * _AHEAD
-        parts = [range(at, min(at + window, len(conversations))) for at in range(0, len(conversations), window)]
+        most = batch_size or (_AT_ONCE if self.model.device.type == "cuda" else 8)
         with ThreadPoolExecutor(min(usable_cores(), 16), "read clip") as pool:
-            reading = [pool.submit(self._load, conversations[i]) for i in parts[0]] if parts else []
-            for number, part in enumerate(parts):
-                loaded = {i: future.result() for i, future in zip(part, reading, strict=True)}
-                following = parts[number + 1] if number + 1 < len(parts) else ()
-                reading = [pool.submit(self._load, conversations[i]) for i in following]
-                yield from ((i, item) for i, item in loaded.items() if isinstance(item, Exception))
-                waiting = [i for i, item in loaded.items() if not isinstance(item, Exception)]
-                waiting.sort(key=lambda i: len(loaded[i][0].ids), reverse=True)  # what may be too much comes first
+            for begin in range(0, len(conversations), most * _SORTED):
+                asked = dict(enumerate(conversations[begin : begin + most * _SORTED], start=begin))
+                samples = dict(zip(asked, pool.map(self._encode, asked.values()), strict=True))
+                yield from ((i, sample) for i, sample in samples.items() if isinstance(sample, Exception))
+                waiting = [i for i, sample in samples.items() if not isinstance(sample, Exception)]
+                waiting.sort(key=lambda i: len(samples[i].ids), reverse=True)  # what may be too much comes first
+                reading: dict[int, Future] = {}
                 while waiting:
-                    chosen = waiting[:batch_size]
+                    for i in waiting[: 2 * most]:  # the next batch is read while this one is answered
+                        if i not in reading:
+                            reading[i] = pool.submit(self._load, asked[i], samples[i])
+                    room = most if batch_size else self._fitting(len(samples[waiting[0]].ids), most, decoding)
+                    chosen = waiting[:room]
+                    loaded = {i: reading[i].result() for i in chosen}
+                    answers = {i: item for i, item in loaded.items() if isinstance(item, Exception)}
+                    right = {i: item for i, item in loaded.items() if i not in answers}
                     try:
-                        written = self.answer([loaded[i] for i in chosen], decoding)
-                        answers = [answer.text for answer in written]
+                        if right:
+                            written = self.answer(list(right.values()), decoding)
+                            answers |= {i: answer.text for i, answer in zip(right, written, strict=True)}
                     except OutOfMemory as error:
-                        if len(chosen) > 1:
-                            batch_size = len(chosen) // 2
-                            log(f"No memory for {len(chosen)} questions at once; from here on there are {batch_size}.")
+                        if len(right) > 1:
+                            most = len(right) // 2
+                            log(f"No memory for {len(right)} questions at once; from here on there are {most}.")
                             continue
-                        answers = [error]
+                        answers |= dict.fromkeys(right, error)
                     waiting = waiting[len(chosen) :]
-                    yield from zip(chosen, answers, strict=True)
+                    for i in chosen:
+                        del reading[i]
+                    yield from answers.items()
 
-    def _load(self, conversation: Conversation) -> tuple[Sample, list[DecodedClip]] | Exception:
+    def _encode(self, conversation: Conversation) -> Sample | Exception:
         try:
-            return self.encoder.load(conversation)
+            return self.encoder.encode(conversation)
         except (DatasetError, ValueError, OSError) as error:
             return error
+
+    def _load(self, conversation: Conversation, sample: Sample) -> tuple[Sample, list[DecodedClip]] | Exception:
+        try:
+            return self.encoder.load(conversation, sample)
+        except (DatasetError, ValueError, OSError) as error:
+            return error
+
+    def _fitting(self, tokens: int, most: int, decoding: Decoding) -> int:
+        """How many questions of so many tokens the device has room for at once, estimated on the safe side."""
+        if self.model.device.type != "cuda":
+            return most
+        text, size = self.model.config.get_text_config(), self.model.dtype.itemsize
+        cached = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * size
+        activations = (4 * text.intermediate_size + 8 * text.hidden_size) * size
+        each = (tokens + decoding.max_new_tokens) * cached + tokens * activations + 16 * text.vocab_size
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info(self.model.device)
+        return max(1, min(most, int(free * 0.7 / each)))
 
     def answer(
         self,

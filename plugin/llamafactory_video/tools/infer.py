@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,11 @@ def add_infer(commands: Any) -> None:
     )
     loaded.add_argument("--load-in-4bit", action="store_true", help="needs bitsandbytes")
     loaded.add_argument("--device", help="such as cuda:1 or cpu (default: a GPU if there is one)")
-    loaded.add_argument("--batch-size", type=int, default=8, help="questions answered at once (default 8)")
+    loaded.add_argument(
+        "--batch-size",
+        type=int,
+        help="questions answered at once (default: as many as memory has room for; 8 on a CPU)",
+    )
     sampling = parser.add_argument_group("sampling, where it is to differ from how the model was trained")
     for key in SAMPLING_KEYS:
         kind = str if key in _TEXTS else float if key == "video_fps" else int
@@ -81,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
     Returns:
         How many questions have no answer, or with `--json` one that is not JSON.
     """
-    if options.batch_size < 1:
+    if options.batch_size is not None and options.batch_size < 1:
         raise ValueError(f"--batch-size is {options.batch_size}; it must be at least 1")
     asked = _questions(options)
     names = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
@@ -180,7 +185,7 @@ def _clip_name(clip: str | dict[str, Any]) -> str:
 
 
 def _answers(
-    model: Any, asked: Sequence[Asked], decoding: Any, batch_size: int
+    model: Any, asked: Sequence[Asked], decoding: Any, batch_size: int | None
 ) -> Iterator[tuple[int, str | Exception]]:
     """Answers with the numbers of their questions, as they are done."""
     right = [i for i, each in enumerate(asked) if not isinstance(each.conversation, ValueError)]
@@ -299,6 +304,7 @@ def _write(
         _say(f"{len(asked) - len(left)} of {len(asked)} are answered in {options.out} already.")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     _replace(options.out, lines.values())
+    began = time.monotonic()
     with options.out.open("a", encoding="utf-8") as file, tqdm(total=len(left), unit=" questions") as bar:
         for number, answer in _answers(model, [each for each, _ in left], decoding, options.batch_size):
             each, digest = left[number]
@@ -306,6 +312,7 @@ def _write(
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
             bar.update()
+    seconds = time.monotonic() - began
     here = {each.source: lines[each.source] for each in asked}
     _replace(options.out, [*(line for source, line in lines.items() if source not in here), *here.values()])
     wrong = [line for line in here.values() if "error" in line]
@@ -313,6 +320,8 @@ def _write(
     for line in wrong:
         _say(f"{line['source']}: {line['error']}")
     print(f"{len(here) - len(wrong)} answers in {options.out}; {len(wrong)} questions have none.")
+    if left:
+        _say(f"{len(left)} questions in {seconds:.1f} s, {len(left) / seconds:.2f} a second")
     if options.json:
         print(f"{len(unread)} answers are not JSON.")
     return len(wrong) + len(unread)
