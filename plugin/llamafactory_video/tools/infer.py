@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from ..records.json_text import json_text, read_json
 from ..records.question import Asked, clip_argument, clip_files, question, read_questions
-from ..records.schema import read_schema, schema_of_answers
 from ..video.contract import SAMPLING_KEYS
 
 _TEXTS = ("video_sampling", "video_timestamps")
@@ -129,11 +128,13 @@ def _schema(options: argparse.Namespace) -> dict[str, Any] | None:
         raise ValueError("--schema stands beside --schema-from; give one of them")
     if options.schema_vocabulary and options.schema_from is None:
         raise ValueError("--schema-vocabulary needs --schema-from, the records whose answers are the vocabulary")
+    if options.schema is None and options.schema_from is None:
+        return None
+    from ..records.schema import read_schema, schema_of_answers
+
     if options.schema is not None:
         return read_schema(options.schema)
-    if options.schema_from is not None:
-        return schema_of_answers(options.schema_from, options.schema_vocabulary)
-    return None
+    return schema_of_answers(options.schema_from, options.schema_vocabulary)
 
 
 def _say(text: str) -> None:
