@@ -3,15 +3,18 @@
 What it is shown of a clip is what training showed (`video.contract`), and its prompts are those of training.
 """
 
+import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
 
 import torch
 from tokenizers.decoders import DecodeStream
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader, Dataset
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation import BaseStreamer
 
@@ -26,7 +29,10 @@ from .flat import run_flat
 from .loading import load_model
 from .seen import SeenMedia
 
+# All of torch's but cuDNN's, which takes a tenth of a second for each length that it meets for the first time.
+_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _AT_ONCE = 64  # questions, on a GPU: writing a token for many takes little longer than for one
+_READERS = 8  # processes that read clips, at most
 _SORTED = 16  # batches whose questions are sorted by length
 
 
@@ -150,6 +156,23 @@ def answer_ends(tokenizer: Any) -> list[int]:
     return sorted(end for end in ends if end is not None)
 
 
+class _Questions(Dataset):
+    """Questions, read when they are taken."""
+
+    def __init__(self, questions: list[tuple[Conversation, Sample]], load: Callable[..., Any]) -> None:
+        self.questions, self.load = questions, load
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def __getitem__(self, number: int) -> Any:
+        return self.load(*self.questions[number])
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
 class VideoModel:
     """A model with its processor, made by `load`. Several threads may ask it; they are answered one after another.
 
@@ -262,37 +285,42 @@ class VideoModel:
             log: takes a line for the person who runs this.
         """
         most = batch_size or (_AT_ONCE if self.model.device.type == "cuda" else 8)
-        with ThreadPoolExecutor(min(usable_cores(), 16), "read clip") as pool:
-            for begin in range(0, len(conversations), most * _SORTED):
-                asked = dict(enumerate(conversations[begin : begin + most * _SORTED], start=begin))
+        for begin in range(0, len(conversations), most * _SORTED):
+            asked = dict(enumerate(conversations[begin : begin + most * _SORTED], start=begin))
+            with ThreadPoolExecutor(4) as pool:
                 samples = dict(zip(asked, pool.map(self._encode, asked.values()), strict=True))
-                yield from ((i, sample) for i, sample in samples.items() if isinstance(sample, Exception))
-                waiting = [i for i, sample in samples.items() if not isinstance(sample, Exception)]
-                waiting.sort(key=lambda i: len(samples[i].ids), reverse=True)  # what may be too much comes first
-                reading: dict[int, Future] = {}
-                while waiting:
-                    for i in waiting[: 2 * most]:  # the next batch is read while this one is answered
-                        if i not in reading:
-                            reading[i] = pool.submit(self._load, asked[i], samples[i])
-                    room = most if batch_size else self._fitting(len(samples[waiting[0]].ids), most, decoding)
-                    chosen = waiting[:room]
-                    loaded = {i: reading[i].result() for i in chosen}
-                    answers = {i: item for i, item in loaded.items() if isinstance(item, Exception)}
-                    right = {i: item for i, item in loaded.items() if i not in answers}
-                    try:
-                        if right:
-                            written = self.answer(list(right.values()), decoding)
-                            answers |= {i: answer.text for i, answer in zip(right, written, strict=True)}
-                    except OutOfMemory as error:
-                        if len(right) > 1:
-                            most = len(right) // 2
-                            log(f"No memory for {len(right)} questions at once; from here on there are {most}.")
-                            continue
-                        answers |= dict.fromkeys(right, error)
-                    waiting = waiting[len(chosen) :]
-                    for i in chosen:
-                        del reading[i]
-                    yield from answers.items()
+            yield from ((i, sample) for i, sample in samples.items() if isinstance(sample, Exception))
+            order = [i for i, sample in samples.items() if not isinstance(sample, Exception)]
+            order.sort(key=lambda i: len(samples[i].ids), reverse=True)  # what may be too much comes first
+            reading = iter(self._reading([(asked[i], samples[i]) for i in order], most))
+            loaded: dict[int, Any] = {}
+            while order:
+                room = most if batch_size else self._fitting(len(samples[order[0]].ids), most, decoding)
+                chosen = order[:room]
+                loaded |= {i: next(reading) for i in chosen if i not in loaded}
+                answers = {i: loaded[i] for i in chosen if isinstance(loaded[i], Exception)}
+                right = {i: loaded[i] for i in chosen if i not in answers}
+                try:
+                    if right:
+                        written = self.answer(list(right.values()), decoding)
+                        answers |= {i: answer.text for i, answer in zip(right, written, strict=True)}
+                except OutOfMemory as error:
+                    if len(right) > 1:
+                        most = len(right) // 2
+                        log(f"No memory for {len(right)} questions at once; from here on there are {most}.")
+                        continue
+                    answers |= dict.fromkeys(right, error)
+                order = order[len(chosen) :]
+                for i in chosen:
+                    del loaded[i]
+                yield from answers.items()
+
+    def _reading(self, questions: list[tuple[Conversation, Sample]], ahead: int) -> Iterable[Any]:
+        """What `_load` gives of questions, in order, read ahead by processes: threads would wait for each other, and for Python."""
+        workers = min(usable_cores(), _READERS) if len(questions) > 1 else 0
+        options = {"prefetch_factor": max(2, math.ceil(ahead / workers))} if workers else {}
+        items = _Questions(questions, self._load)
+        return DataLoader(items, batch_size=None, num_workers=workers, collate_fn=_as_it_is, **options)
 
     def _encode(self, conversation: Conversation) -> Sample | Exception:
         try:
@@ -356,7 +384,7 @@ class VideoModel:
         options["stopping_criteria"] = StoppingCriteriaList([_Stopped(*events)] if events else [])
         ids, mask = self._padded(loaded)
         try:
-            with self._lock, torch.inference_mode(), self._shown(loaded) as shown:
+            with self._lock, torch.inference_mode(), sdpa_kernel(_KERNELS), self._shown(loaded) as shown:
                 if decoding.seed is not None:
                     torch.manual_seed(decoding.seed)
                 inputs = {"input_ids": ids, "attention_mask": mask, **shown}
