@@ -32,7 +32,7 @@ from .seen import SeenMedia
 # All of torch's but cuDNN's, which takes a tenth of a second for each length that it meets for the first time.
 _KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _AT_ONCE = 64  # questions, on a GPU: writing a token for many takes little longer than for one
-_READERS = 8  # processes that read clips, at most
+_READERS = 16  # processes that read clips, at most
 _SORTED = 16  # batches whose questions are sorted by length
 
 
