@@ -72,7 +72,7 @@ CASES = {
     "2B full": ("2B", "wzry_full_1gpu", {"stock": 8, "stock small": 2, "ours": 8}),
     "4B LoRA": ("4B", "wzry_lora", {"stock": 2, "stock large": 8, "ours": 8}),
     "2B mixed lengths": ("2B", "wzry_full_1gpu", {"stock": 4, "ours": 4}, "mixed"),
-    "4B frozen vision": ("4B", "wzry_frozen_vision", {"stock": 8, "ours": 8}),
+    "4B frozen vision": ("4B", "wzry_frozen_vision", {"stock": 8, "stock small": 2, "ours": 8}),
     "4B bf16": ("4B", "wzry_full_bf16", {"stock": 8, "ours": 8}),
 }
 

@@ -187,6 +187,7 @@ class VideoModel:
         self._ends = answer_ends(self.tokenizer)
         self._grammars: Any = None  # of schemas, made when one is asked for
         self._lock = threading.Lock()
+        self._is_warm = False
         base = next(module for module in model.modules() if hasattr(module, "visual"))
         while hasattr(base.visual, "visual"):
             base = base.visual
@@ -293,6 +294,7 @@ class VideoModel:
             order = [i for i, sample in samples.items() if not isinstance(sample, Exception)]
             order.sort(key=lambda i: len(samples[i].ids), reverse=True)  # what may be too much comes first
             reading = iter(self._reading([(asked[i], samples[i]) for i in order], most))
+            self._warm_up()
             loaded: dict[int, Any] = {}
             while order:
                 room = most if batch_size else self._fitting(len(samples[order[0]].ids), most, decoding)
@@ -314,6 +316,15 @@ class VideoModel:
                 for i in chosen:
                     del loaded[i]
                 yield from answers.items()
+
+    def _warm_up(self) -> None:
+        """Have the GPU load what it writes answers with, which takes seconds, while the first clips are read."""
+        if self.model.device.type == "cuda" and not self._is_warm:
+            self._is_warm = True
+            ids = torch.full((8, 64), self.tokenizer.pad_token_id, device=self.model.device)
+            config = GenerationConfig(max_new_tokens=3, do_sample=False, pad_token_id=self.tokenizer.pad_token_id)
+            with self._lock, torch.inference_mode(), sdpa_kernel(_KERNELS):
+                self.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
 
     def _reading(self, questions: list[tuple[Conversation, Sample]], ahead: int) -> Iterable[Any]:
         """What `_load` gives of questions, in order, read ahead by processes: threads would wait for each other, and for Python."""
