@@ -14,6 +14,7 @@ from llamafactory_video.demo.tiny_model import save_tiny_model
 from llamafactory_video.model.video_model import OutOfMemory
 from llamafactory_video.prompt.shown import shown_text
 from llamafactory_video.records.question import clip_argument, clip_files, read_questions
+from peft import PeftModel
 from PIL import Image
 from test_contract import DIALECTS, LORA, recipe, where
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -82,6 +83,16 @@ def test_an_answer_is_that_of_llamafactorys_chat(home, kind):
         assert named.ask("看", video=str(home / "1.mp4"), decoding=SHORT) == expected
         base = VideoModel.load(str(home / "model"), video_cache=False)
         assert base.ask("看", video=str(home / "1.mp4"), decoding=SHORT) != expected
+
+
+def test_an_adapter_that_is_not_merged(home):
+    """As beside a model in 4 bits."""
+    merged = VideoModel.load(str(home / "model"), str(home / "lora"), video_cache=False)
+    base = VideoModel.load(str(home / "model"), video_cache=False)
+    beside = VideoModel(PeftModel.from_pretrained(base.model, home / "lora").eval(), merged.encoder)
+    for number in range(3):
+        clip = home / f"{number}.mp4"
+        assert beside.ask("看", clip, decoding=SHORT) == merged.ask("看", clip, decoding=SHORT)
 
 
 def questions(home):

@@ -9,6 +9,7 @@ from conftest import write_clip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
+from llamafactory.chat import ChatModel
 from llamafactory_video import Decoding, VideoModel, question
 from llamafactory_video.demo.tiny_model import save_tiny_model
 from llamafactory_video.model.constrained import Grammars, JsonAnswers, SchemaError
@@ -96,6 +97,21 @@ def test_whatever_is_drawn_is_json_of_the_schema_and_fits(grammars, schema, seed
         assert not read_json(text)[1], text
         assert Draft202012Validator(schema).is_valid(json.loads(text)), text
         assert not re.search(r"(?<!\\)(\\\\)*\\u", text), text
+
+
+def test_white_space_has_an_end(grammars):
+    """Of a model that would rather say something else, it is the only thing that it is always allowed to write."""
+    tokenizer, _, known = grammars
+    blank = {i for i in range(len(tokenizer)) if tokenizer.decode([i]).isspace()}
+    held = JsonAnswers([known.of(TAGS)], 400)
+    ids, text = torch.zeros((1, 1), dtype=torch.long), ""
+    for _ in range(120):
+        scores = torch.zeros((1, len(tokenizer)))
+        scores[0, list(blank)] = 1
+        token = held(ids, scores).argmax(1)
+        text += tokenizer.decode(token)
+        ids = torch.cat([ids, token[:, None]], 1)
+    assert '"video_description"' in text
 
 
 def test_rows_of_a_batch_are_held_each_to_its_own(grammars):
@@ -237,3 +253,23 @@ def test_the_command(home):
         assert result.returncode == 1
         assert message in result.stderr
         assert "Traceback" not in result.stderr
+
+
+def test_llamafactorys_chat_is_held_to_the_recipes_schema(home):
+    (home / "chat.json").write_text(json.dumps(TAGS, ensure_ascii=False), encoding="utf-8")
+    keys = {"model_name_or_path": str(home / "full"), "template": "qwen3_vl_video", "infer_backend": "huggingface"}
+    keys |= {"video_cache": False, "max_new_tokens": 50}
+    chat = ChatModel({**keys, "json_schema": str(home / "chat.json"), "do_sample": True, "temperature": 1.5})
+    for said in (
+        chat.chat([{"role": "user", "content": "<video>看"}], videos=[str(home / "1.mp4")])[0].response_text,
+        "".join(chat.stream_chat([{"role": "user", "content": "说"}])),
+    ):
+        Draft202012Validator(TAGS).validate(json.loads(said))
+    for wrong, message in (
+        ({"json_schema": str(home / "gone.json")}, "no file .*gone.json"),
+        ({"json_schema": str(home / "chat.json"), "json_schema_from": "x.json"}, "json_schema stands beside"),
+        ({"json_schema_vocabulary": "tags"}, "json_schema_vocabulary needs json_schema_from"),
+        ({"num_beams": 4}, "num_beams is 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ChatModel({**keys, **wrong})

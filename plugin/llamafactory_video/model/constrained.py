@@ -16,8 +16,9 @@ from llguidance.hf import from_tokenizer
 from llguidance.torch import fill_next_token_bitmask_par
 from transformers import LogitsProcessor
 
-# Escapes of one character stand for themselves otherwise; \u would hide Chinese, and could be half a character.
-_OPTIONS = {"json_allowed_escapes": 'nrbtf\\"'}
+# \u would hide Chinese, and could be half a character. White space is that of one line or of indented lines: a model that
+# would rather write something else has nothing but white space left to write, and would go on with it.
+_OPTIONS = {"json_allowed_escapes": 'nrbtf\\"', "whitespace_pattern": r"(\n[ \t]{0,40}|[ ]?)"}
 _LONGEST = 4096  # tokens of a shortest answer
 _SLACK = 16  # tokens by which one token may lengthen what is left to write, beside a part of the schema
 

@@ -188,9 +188,7 @@ class VideoModel:
         self._grammars: Any = None  # of schemas, made when one is asked for
         self._lock = threading.Lock()
         self._is_warm = False
-        base = next(module for module in model.modules() if hasattr(module, "visual"))
-        while hasattr(base.visual, "visual"):
-            base = base.visual
+        base = next(module for module in model.modules() if "visual" in dict(module.named_children()))
         run_flat(base)
         self._seen = SeenMedia(base, self.processor, encoder.reader.sampling)
 
