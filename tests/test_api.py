@@ -315,6 +315,9 @@ def test_other_ways_to_ask_wrongly(server, client):
         (httpx.post(url, content=b"{"), 401),
         (httpx.post(url, content=b"{", headers={"Authorization": "Bearer k"}), 400),
         (httpx.post(url, content=b"[]", headers={"Authorization": "Bearer k"}), 400),
+        (httpx.post(url, content=b'{"seed": Infinity}', headers={"Authorization": "Bearer k"}), 400),
+        (httpx.post(url, json={"messages": clip("a\0.mp4")}, headers={"Authorization": "Bearer k"}), 400),
+        (httpx.post(url, json={"messages": clip("a" * 9999)}, headers={"Authorization": "Bearer k"}), 400),
         (httpx.get(url), 405),
         (httpx.get(f"{url}/gone"), 404),
     ):

@@ -4,6 +4,7 @@ What it is shown of a clip is what training showed (`video.contract`), and its p
 """
 
 import math
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -326,8 +327,10 @@ class VideoModel:
 
     def _reading(self, questions: list[tuple[Conversation, Sample]], ahead: int) -> Iterable[Any]:
         """What `_load` gives of questions, in order, read ahead by processes: threads would wait for each other, and for Python."""
-        workers = min(usable_cores(), _READERS) if len(questions) > 1 else 0
-        options = {"prefetch_factor": max(2, math.ceil(ahead / workers))} if workers else {}
+        workers = min(usable_cores(), _READERS, len(questions)) if len(questions) > 1 and hasattr(os, "fork") else 0
+        options: dict[str, Any] = {}
+        if workers:  # forks: they need nothing of the model, and scripts without a main guard may ask too
+            options = {"prefetch_factor": max(2, math.ceil(ahead / workers)), "multiprocessing_context": "fork"}
         items = _Questions(questions, self._load)
         return DataLoader(items, batch_size=None, num_workers=workers, collate_fn=_as_it_is, **options)
 

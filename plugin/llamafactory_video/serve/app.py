@@ -16,6 +16,7 @@ from typing import Any
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.requests import ClientDisconnect
 
 from ..model.video_model import Answer, Decoding, OutOfMemory, VideoModel
 from ..prompt.encoder import Sample
@@ -24,7 +25,7 @@ from .media import MediaAccess, RequestError
 from .request import Request as Asked
 from .request import read_request
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("uvicorn.error")  # whose lines are shown beside those of the server
 _LOOK = 0.2  # seconds between looks at whether a client is still there
 _DRAINED = 4  # times the limit that is read of an upload which is refused, so that its sender hears why
 _MIB = 1 << 20
@@ -118,7 +119,10 @@ class _Service:
     async def complete(self, request: Request) -> Response:
         loop = asyncio.get_running_loop()
         began = time.monotonic()
-        body = await self._body(request)
+        try:
+            body = await self._body(request)
+        except ClientDisconnect:
+            return Response(status_code=499)  # nobody reads it
         size = len(body)
         read = loop.run_in_executor(self._readers, self._read, body)
         del body  # of an upload there is one copy less while its clip is read
@@ -176,11 +180,11 @@ class _Service:
             raise RequestError(f"the body is not JSON: {error}") from None
         del body
         settings = self.settings
-        asked = read_request(value, settings.defaults, settings.media.open)
-        del value
-        if settings.is_strict and asked.model != settings.name:
-            raise RequestError(f"there is no model {asked.model}; this server has {settings.name}", 404, "model")
         try:
+            asked = read_request(value, settings.defaults, settings.media.open)
+            del value
+            if settings.is_strict and asked.model != settings.name:
+                raise RequestError(f"there is no model {asked.model}; this server has {settings.name}", 404, "model")
             self.model.hold([], asked.decoding)  # tells whether answers can be held to a schema
             sample = self.model.encoder.encode(asked.conversation)
             self._check_size(sample, asked)
@@ -191,7 +195,7 @@ class _Service:
             raise RequestError(str(error), param="messages") from error
         except RequestError:
             raise
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             raise RequestError(str(error)) from error
 
     def _check_size(self, sample: Sample, asked: Asked) -> None:

@@ -124,7 +124,8 @@ def _number(body: dict[str, Any], name: str) -> Any:
     if value is None:
         return None
     kind, least, most = _NUMBERS[name]
-    right = isinstance(value, int | float) and not isinstance(value, bool) and (kind is float or value == int(value))
+    right = isinstance(value, int | float) and not isinstance(value, bool)
+    right = right and (kind is float or float(value).is_integer())
     if not right or not least <= value <= most:
         wanted = "a whole number" if kind is int else "a number"
         raise RequestError(
