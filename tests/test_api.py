@@ -393,7 +393,7 @@ def test_an_address_that_leads_inside_is_not_followed(web, home):
 
 
 def test_a_tool_is_offered_and_called_for(model):
-    from llamafactory_video.model.video_model import Answer
+    from llamafactory_video.model.decoding import Answer
     from llamafactory_video.serve.app import _message
 
     tools = [{"type": "function", "function": {"name": "找", "parameters": {}}}]

@@ -11,7 +11,7 @@ from llamafactory.chat import ChatModel
 from llamafactory.train.tuner import run_exp
 from llamafactory_video import Decoding, VideoModel, question
 from llamafactory_video.demo.tiny_model import save_tiny_model
-from llamafactory_video.model.video_model import OutOfMemory
+from llamafactory_video.model.decoding import OutOfMemory
 from llamafactory_video.prompt.shown import shown_text
 from llamafactory_video.records.question import clip_argument, clip_files, read_questions
 from peft import PeftModel

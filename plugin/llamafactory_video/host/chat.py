@@ -5,7 +5,7 @@ from types import ModuleType
 from typing import Any
 
 from ..media import USER
-from ..model.video_model import OutOfMemory
+from ..model.decoding import OutOfMemory
 from .core import is_ours, replace_everywhere
 from .engine import SOURCE
 

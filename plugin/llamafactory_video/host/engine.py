@@ -8,7 +8,8 @@ from types import ModuleType
 from typing import Any
 
 from ..media import IMAGE_PLACEHOLDER, USER, VIDEO_PLACEHOLDER, Conversation, strip_around_placeholders
-from ..model.video_model import Decoding, VideoModel
+from ..model.decoding import Decoding
+from ..model.video_model import VideoModel
 from ..prompt.encoder import Encoder
 from ..video.reader import as_clip
 from .core import is_ours, replace_everywhere

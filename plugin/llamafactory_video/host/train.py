@@ -103,7 +103,7 @@ def _hold(arguments: list[Any], tokenizer: Any) -> Any:
     from transformers import LogitsProcessorList
 
     from ..model.constrained import Grammars, JsonAnswers
-    from ..model.video_model import answer_ends
+    from ..model.decoding import answer_ends
 
     grammar = Grammars(tokenizer, answer_ends(tokenizer)).of(schema)
     return lambda ids: LogitsProcessorList([JsonAnswers([grammar] * len(ids), generating_args.max_new_tokens)])

@@ -18,7 +18,8 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.requests import ClientDisconnect
 
-from ..model.video_model import Answer, Decoding, OutOfMemory, VideoModel
+from ..model.decoding import Answer, Decoding, OutOfMemory
+from ..model.video_model import VideoModel
 from ..prompt.encoder import Sample
 from ..records.report import DatasetError
 from .media import MediaAccess, RequestError

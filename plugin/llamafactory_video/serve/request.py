@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ..media import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Clip, Conversation
-from ..model.video_model import Decoding
+from ..model.decoding import Decoding
 from ..records.parse import parse_record
 from ..records.schema import check_schema
 from .media import RequestError

@@ -98,7 +98,8 @@ def run(options: argparse.Namespace) -> int:
         digests = [_digest([*settings, each.conversation]) for each in asked]
         written = _written(options.out, asked, digests)
 
-    from ..model.video_model import Decoding, VideoModel
+    from ..model.decoding import Decoding
+    from ..model.video_model import VideoModel
 
     decoding = Decoding(**decoding)
     model = VideoModel.load(
