@@ -116,10 +116,13 @@ class Run:
     def alive(self) -> bool:
         return any(process.is_alive() for process in self.processes)
 
-    def kill(self) -> None:
+    def signal(self, number: int) -> None:
         for process in self.processes:
             if process.is_alive():
-                os.killpg(process.pid, signal.SIGKILL)
+                os.killpg(process.pid, number)
+
+    def kill(self) -> None:
+        self.signal(signal.SIGKILL)
         self.end()
 
     def end(self) -> list[int]:

@@ -7,6 +7,7 @@ written.
 import json
 import random
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -91,8 +92,12 @@ def kill_often(keys: dict, output: Path, count: int, kills: int, seed: int, **ov
         if number % 2:
             time.sleep(moments.uniform(0, 0.4))
         else:
-            run.wait_for((output / "unfinished").exists)
-            time.sleep(moments.uniform(0, 0.02) if number else 0)  # the first is sure to meet the writing
+            # Held still, so that it is met however fast it writes and however busy the machine is.
+            while run.wait_for((output / "unfinished").exists):
+                run.signal(signal.SIGSTOP)
+                if (output / "unfinished").exists():
+                    break
+                run.signal(signal.SIGCONT)
         met += (output / "unfinished").exists()
         run.kill()
         for step in whole_steps(output):  # each is whole: it can be used by itself
