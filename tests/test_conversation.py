@@ -292,3 +292,123 @@ def test_slips_in_names_of_fields_are_named():
         "vidoe: unknown field; is video meant?"
     ]
     good({"id": 7, "video_id": "x", "source": "y", "messages_zh": [], "conversations": turns("问", "答")})
+
+
+# --- Nothing is dropped without a word --------------------------------------------------------------------------------
+
+
+def test_settings_beside_the_one_clip_are_its_own():
+    record = {
+        "video": "a.mp4",
+        "video_start": 1.0,
+        "video_end": 2.0,
+        "fps": 4,
+        "conversations": turns("<video>问", "答"),
+    }
+    conversation = good(record)
+    assert conversation.videos == [Clip(path="/media/a.mp4", start=1.0, end=2.0, fps=4.0)]
+    names = ("fps", "video_end", "video_start")
+    assert sorted(conversation.notes) == [f"{name} beside the clip is taken as its setting" for name in names]
+    shown = good({"videos": [["0.jpg", "1.jpg"]], "frame_rate": 2, "conversations": turns("<video>问", "答")})
+    assert shown.videos == [Clip(frames=("/media/0.jpg", "/media/1.jpg"), frame_rate=2.0)]
+    for wrong, message in (
+        (
+            {"videos": ["a.mp4", "b.mp4"], "fps": 2, "conversations": turns("<video><video>问", "答")},
+            "fps: a setting beside 2 clips; it belongs into",
+        ),
+        ({"fps": 2, "conversations": turns("问", "答")}, "fps: a setting beside 0 clips"),
+        (
+            {"video": {"path": "a.mp4", "fps": 2}, "fps": 3, "conversations": turns("<video>问", "答")},
+            "fps: stands in the clip too; keep one",
+        ),
+    ):
+        assert any(complaint.startswith(message) for complaint in complaints(wrong)), complaints(wrong)
+
+
+def test_turns_that_are_not_trained_on():
+    def said(name, *values):
+        messages = [
+            {"role": "user", "content": "问"},
+            {"role": "assistant", "content": "坏", name: values[0]},
+            {"role": "user", "content": "再问"},
+            {"role": "assistant", "content": "好", name: values[1]},
+        ]
+        return {"messages": messages}
+
+    for name, no, yes in (("loss", False, True), ("weight", 0, 1), ("loss", 0.0, None)):
+        assert good(said(name, no, yes)).unlearnt == (1,)
+    assert good(said("loss", True, True)).unlearnt == ()
+    # A system turn is no message of its own.
+    first = {"messages": [{"role": "system", "content": "你是解说"}, *said("loss", False, True)["messages"]]}
+    assert good(first).unlearnt == (1,)
+    assert complaints(said("loss", False, False)) == [
+        "conversations: no answer is trained on; at least one without `loss: false` is needed"
+    ]
+    assert "messages[1].weight: 0.5; true or 1 trains on an answer" in complaints(said("weight", 0.5, 1))[0]
+    asked = {"messages": [{"role": "user", "content": "问", "loss": True}, {"role": "assistant", "content": "答"}]}
+    assert "answers alone are trained on" in complaints(asked)[0]
+    asked["messages"][0]["loss"] = False
+    assert good(asked).unlearnt == ()
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        (
+            {
+                "query": "<video>问",
+                "response": "答",
+                "history": [["前问", "前答"]],
+                "videos": ["a.mp4"],
+                "system": "规则",
+            },
+            ["前问", "前答", "<video>问", "答"],
+        ),
+        (
+            {"instruction": "描述", "input": "<video>", "output": {"标签": 1}, "video": "a.mp4"},
+            ["描述\n<video>", '{"标签": 1}'],
+        ),
+        ({"q": "<video>问", "a": "答", "video": "a.mp4"}, ["<video>问", "答"]),
+    ],
+)
+def test_questions_and_answers_in_fields_of_their_own(record, expected):
+    conversation = good(record)
+    assert [text for _, text in conversation.messages] == [text.replace("\n<video>", "<video>") for text in expected]
+    assert any("are taken as question and answer" in note for note in conversation.notes)
+    assert conversation.system == record.get("system", "")
+
+
+def test_a_system_prompt_under_its_other_name():
+    conversation = good({"system_prompt": "只答一个词", "conversations": turns("问", "答")})
+    assert conversation.system == "只答一个词"
+    assert conversation.notes == ["system_prompt is taken as system"]
+
+
+def test_what_is_not_known_is_told():
+    record = {"id": 3, "conversations": turns("问", "答"), "source_url": "x", "nothing": None}
+    record["conversations"][1]["emotion"] = "喜"
+    assert sorted(good(record).notes) == [
+        "a turn's field emotion is not read",
+        "field id is not read",
+        "field source_url is not read",
+    ]
+    told = RecordKeys(unknown="error")
+    _, problems = parse(record, keys=told)
+    assert sorted(map(str, problems)) == [
+        "emotion: a turn's field that is not read; remove it, or set `unknown_fields: warn`",
+        "id: field that is not read; remove it, or set `unknown_fields: warn`",
+        "source_url: field that is not read; remove it, or set `unknown_fields: warn`",
+    ]
+    assert good(record, keys=RecordKeys(unknown="ignore")).notes == []
+    assert any("caption: unknown field; write turns" in c for c in complaints({"video": "a.mp4", "caption": "一段"}))
+    grounded = {
+        "messages": [{"role": "user", "content": "找<ref-object>"}, {"role": "assistant", "content": "<bbox>"}],
+        "objects": {"bbox": []},
+    }
+    assert "ms-swift fills it in from `objects`" in complaints(grounded)[0]
+    ranked = {
+        "conversations": turns("问"),
+        "chosen": {"from": "gpt", "value": "好"},
+        "rejected": {"from": "gpt", "value": "坏"},
+    }
+    assert complaints(ranked)

@@ -261,6 +261,7 @@ def rows(count: int) -> datasets.Dataset:
         "_images": [None] * count,
         "_videos": [[f"data/{i % 100}/{i}.mp4"] for i in range(count)],
         "_audios": [None] * count,
+        "_unlearnt": [None] * count,
         "_source": [f"line {i}" for i in range(count)],
     }
     return datasets.Dataset.from_dict(columns, features=FEATURES)

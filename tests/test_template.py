@@ -2,13 +2,14 @@
 
 import copy
 import unicodedata
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import decode_all, examples, real_clips, write_clip
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
-from llamafactory_video.host.rows import from_row
+from llamafactory_video.host.rows import from_row, to_row
 from llamafactory_video.model.processor import apply_to_processor
 from llamafactory_video.prompt.encoder import encode_conversation
 from llamafactory_video.prompt.pixels import count_image_tokens, token_type_ids, vision_inputs
@@ -16,6 +17,7 @@ from llamafactory_video.prompt.tokens import IGNORE_INDEX, TemplateError, check_
 from llamafactory_video.records.parse import parse_record
 from llamafactory_video.video.probe import probe
 from llamafactory_video.video.reader import ClipReader
+from llamafactory_video.video.sampling import Sampling
 from PIL import Image
 from transformers import AutoProcessor
 from transformers.image_utils import SizeDict
@@ -345,3 +347,27 @@ def test_thinking_models_are_trained_to_go_on_from_how_they_are_asked(processor,
     assert asked == reference_inputs(processor, messages[:1], ask=True)["input_ids"][0].tolist()
     assert ids[: len(asked)] == asked
     assert ids[len(asked) :] == label == [token for token in labels if token != IGNORE_INDEX]
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+def test_answers_that_are_not_trained_on_have_no_labels(processor, thinking):
+    """Through the table, in any turn; ids are those of a record that is trained on whole."""
+    said = ["坏的回答", "好的回答", "又一个"]
+    for unlearnt in ([0], [1], [0, 2]):
+        turns = [{"role": "system", "content": "规则"}]
+        for number, text in enumerate(said):
+            turns.append({"role": "user", "content": f"问{number}"})
+            turns.append({"role": "assistant", "content": text, "loss": number not in unlearnt})
+        conversation, problems = parse_record({"messages": turns}, str)
+        assert not problems
+        assert from_row(to_row(conversation)).unlearnt == conversation.unlearnt
+        stored = replace(from_row(to_row(conversation)), source="x")
+        tokenizer = processor.tokenizer
+        ids, labels = encode_conversation(stored, [], tokenizer, processor, Sampling("llamafactory"), thinking)
+        whole, all_labels = encode_conversation(
+            replace(stored, unlearnt=()), [], tokenizer, processor, Sampling("llamafactory"), thinking
+        )
+        assert ids == whole
+        learnt = tokenizer.decode([label for label in labels if label != IGNORE_INDEX])
+        assert [text in learnt for text in said] == [number not in unlearnt for number in range(3)]
+        assert all(label in (IGNORE_INDEX, full) for label, full in zip(labels, all_labels, strict=True))

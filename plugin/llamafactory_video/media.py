@@ -113,6 +113,7 @@ class Conversation:
         videos: clips, in order of their placeholders.
         system: the system prompt, or "".
         tools: JSON text of the tools on offer, or "".
+        unlearnt: numbers of the messages that are answers and are not trained on.
         source: the record that it comes from, for messages; "" for those of other formats than ours.
         notes: what was read otherwise than it stands, for a person.
     """
@@ -122,6 +123,7 @@ class Conversation:
     videos: list[Clip] = field(default_factory=list)
     system: str = ""
     tools: str = ""
+    unlearnt: tuple[int, ...] = ()
     source: str = ""
     notes: list[str] = field(default_factory=list)
 

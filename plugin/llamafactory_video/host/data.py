@@ -21,7 +21,7 @@ from .prompt import clip_reader_of
 from .rows import LAYOUT, from_row
 
 
-def _record_keys(attr: Any) -> RecordKeys:
+def _record_keys(attr: Any, unknown: str = "warn") -> RecordKeys:
     """Field names of a data set: `columns` and `tags` of dataset_info.json before the usual ones."""
 
     usual = RecordKeys()
@@ -41,6 +41,7 @@ def _record_keys(attr: Any) -> RecordKeys:
         role=names(attr.role_tag, usual.role),
         content=names(attr.content_tag, usual.content),
         roles=tuple({**ROLES, **{tag: role for tag, role in tags.items() if tag}}.items()),
+        unknown=unknown,
     )
 
 
@@ -241,7 +242,7 @@ def _load_table(
         )
     options = {
         "layout": LAYOUT,
-        "keys": _record_keys(dataset_attr),
+        "keys": _record_keys(dataset_attr, data_args.unknown_fields),
         "indent": data_args.answer_json_indent,
         "skip_wrong": data_args.skip_wrong_records,
         "name": name,

@@ -181,6 +181,13 @@ class VideoDataKeys:
         default=False,
         metadata={"help": "Skip wrong records of `video_conversation` data sets; a report lists them."},
     )
+    unknown_fields: Literal["warn", "error", "ignore"] = field(
+        default="warn",
+        metadata={
+            "help": "What becomes of fields of a record that mean nothing to training. `warn`: each is told once a data set, with "
+            "how often it occurs."
+        },
+    )
     video_fit: Literal["error", "shrink"] = field(
         default="error",
         metadata={

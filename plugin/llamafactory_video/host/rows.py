@@ -18,6 +18,7 @@ FEATURES = datasets.Features(
         "_images": [datasets.Value("string")],
         "_videos": [datasets.Value("string")],
         "_audios": [datasets.Value("string")],
+        "_unlearnt": [datasets.Value("int32")],
         "_source": datasets.Value("string"),
     }
 )
@@ -34,6 +35,7 @@ def to_row(conversation: Conversation) -> dict[str, Any]:
         "_images": conversation.images or None,
         "_videos": [clip.encode() for clip in conversation.videos] or None,
         "_audios": None,
+        "_unlearnt": list(conversation.unlearnt) or None,
         "_source": conversation.source,
     }
 
@@ -57,7 +59,13 @@ def from_row(row: dict[str, Any]) -> Conversation:
         except ValueError as error:
             raise DatasetError(f"{source or 'a record'}: {video}: {error}") from error
     return Conversation(
-        messages, list(row["_images"] or ()), clips, row["_system"] or "", row["_tools"] or "", source=source
+        messages,
+        list(row["_images"] or ()),
+        clips,
+        row["_system"] or "",
+        row["_tools"] or "",
+        tuple(row.get("_unlearnt") or ()),
+        source,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import TemplateError as JinjaError
 
 from ..families import QWEN3_VL
-from ..media import Clip, Conversation
+from ..media import ASSISTANT, FUNCTION, Clip, Conversation
 from ..records.report import DatasetError
 from ..video.fit import SHRINK_STAGES, most_tokens, shrink
 from ..video.probe import ClipError
@@ -70,7 +70,9 @@ def encode_conversation(
         answer = whole[len(prompt) :] if whole.startswith(prompt) else f"{messages[-1]['content']}<|im_end|>\n"
         ids, labels = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, answer))
         return expand_pads(ids, None, image_tokens, plans, *pads)[0], labels
-    return expand_pads(*encode_text(tokenizer, whole, thinking), image_tokens, plans, *pads)
+    answers = [number for number, (role, _) in enumerate(conversation.messages) if role in (ASSISTANT, FUNCTION)]
+    unlearnt = {at for at, number in enumerate(answers) if number in conversation.unlearnt}
+    return expand_pads(*encode_text(tokenizer, whole, thinking, unlearnt), image_tokens, plans, *pads)
 
 
 @dataclass
@@ -142,6 +144,10 @@ class Encoder:
                 )
             ids, labels, planned = self._encode(conversation, smaller)
             change = f"{said}: now {len(ids)}, with {_differences(clips, smaller)}"
+        if not self.generation and conversation.unlearnt and self.train_on_prompt:
+            raise DatasetError(
+                f"{conversation.name}: it has answers with `loss: false`; train_on_prompt trains on all"
+            )
         if not self.generation and self.train_on_prompt:
             pads = (self.processor.image_token_id, self.processor.video_token_id)
             labels = [IGNORE_INDEX if token in pads else token for token in ids]
@@ -149,6 +155,10 @@ class Encoder:
         elif not self.generation and self.last_turn_only:
             last = max((i for i, label in enumerate(labels) if label == IGNORE_INDEX), default=-1)
             labels = [IGNORE_INDEX] * (last + 1) + labels[last + 1 :]
+            if len(conversation.messages) - 1 in conversation.unlearnt:
+                raise DatasetError(
+                    f"{conversation.name}: its last answer has `loss: false`; mask_history trains on no other"
+                )
         return Sample(ids, labels, list(conversation.images), planned, change)
 
     def visual_tokens(self, ids: list[int]) -> int:

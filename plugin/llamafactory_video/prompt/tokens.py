@@ -11,7 +11,7 @@ import itertools
 import json
 import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 from ..families import QWEN3_VL
@@ -161,7 +161,9 @@ def check_chat_template(tokenizer: Any, thinking: bool) -> None:
         raise TemplateError(f"this model's chat template asks with {asked[-40:]!r}; is `template: {right}` meant?")
 
 
-def encode_text(tokenizer: Any, text: str, thinking: bool) -> tuple[list[int], list[int]]:
+def encode_text(
+    tokenizer: Any, text: str, thinking: bool, unlearnt: Container[int] = ()
+) -> tuple[list[int], list[int]]:
     """Token ids of a rendered conversation, and labels on what the assistant says.
 
     Labels cover each answer, its `<|im_end|>` and the newline after it, in every turn, as in the official trainer.
@@ -170,6 +172,9 @@ def encode_text(tokenizer: Any, text: str, thinking: bool) -> tuple[list[int], l
     A thinking model is asked with `<think>` and a newline. In one piece, that newline would merge with those of an
     empty thought, and the model would never learn to continue from how it is asked. So there, and only there, the text
     is cut where the assistant begins to speak.
+
+    Args:
+        unlearnt: numbers of the answers that get no labels, counted from 0.
 
     Returns:
         ids and labels, (n,) each.
@@ -187,7 +192,9 @@ def encode_text(tokenizer: Any, text: str, thinking: bool) -> tuple[list[int], l
         ids += encoded.ids
         offsets += encoded.offsets if not cut else [(begin + cut, end + cut) for begin, end in encoded.offsets]
     labels = [IGNORE_INDEX] * len(ids)
-    for begin, end in spans:
+    for number, (begin, end) in enumerate(spans):
+        if number in unlearnt:
+            continue
         first = bisect.bisect_right(offsets, begin, key=operator.itemgetter(1))  # ends after the answer begins
         last = bisect.bisect_left(offsets, end, key=operator.itemgetter(0))  # begins before it ends
         labels[first:last] = ids[first:last]

@@ -27,7 +27,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class RecordKeys:
-    """Names of a record's fields beyond the usual ones, from `columns` and `tags` in dataset_info.json."""
+    """Names of a record's fields beyond the usual ones, from `columns` and `tags` in dataset_info.json.
+
+    `unknown` is what becomes of other fields: warn, error or ignore.
+    """
 
     messages: tuple[str, ...] = ("conversations", "messages")
     videos: tuple[str, ...] = ("video", "videos")
@@ -37,6 +40,7 @@ class RecordKeys:
     role: tuple[str, ...] = ("from", "role")
     content: tuple[str, ...] = ("value", "content")
     roles: tuple[tuple[str, str], ...] = tuple(ROLES.items())
+    unknown: str = "warn"
 
 
 @functools.lru_cache(maxsize=4096)
@@ -52,6 +56,7 @@ class ClipParser:
     def __init__(self, keys: RecordKeys, find: Callable[[str], str | None], indent: int | None) -> None:
         self.keys, self.find, self.indent = keys, find, indent
         self.problems: list[Problem] = []
+        self.unlearnt: list[int] = []  # see Conversation
         self.notes: list[str] = []
 
     def wrong(self, field: str, found: str, expected: str) -> None:

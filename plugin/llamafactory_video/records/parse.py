@@ -10,6 +10,7 @@ A record is a JSON object with turns and the clips and images that they show:
 """
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 from ..media import (
@@ -21,11 +22,28 @@ from ..media import (
     TOOL,
     USER,
     VIDEO_PLACEHOLDER,
+    Clip,
     Conversation,
     strip_around_placeholders,
 )
 from .clips import ClipParser, Problem, RecordKeys, misspelt
 from .json_text import json_text, quote, read_json
+
+# Fields of a turn that are read, or that say nothing of what is trained.
+_TURN_FIELDS = ("loss", "weight", "reasoning_content", "tool_calls", "tool_call_id", "name")
+_CLIP_SETTINGS = tuple(
+    name
+    for name in (*(f.name for f in fields(Clip)), "video_start", "video_end", "sample_fps", "raw_fps")
+    if name not in ("path", "frames")
+)
+# Question, what is added to it, and answer, where they stand in fields of their own.
+_PAIRS = (("query", "", "response"), ("instruction", "input", "output"), ("question", "", "answer"), ("q", "", "a"))
+# What else is written in place of turns.
+_ELSEWHERE = {
+    "caption": 'write turns: a question {"from": "human", "value": "<video>…"}, and the caption as gpt\'s answer',
+    "chosen": "ranking data: these templates are for stage sft, which learns from one answer",
+    "rejected": "ranking data: these templates are for stage sft, which learns from one answer",
+}
 
 
 def is_text_items(value: Any) -> bool:
@@ -128,10 +146,35 @@ class _RecordParser(ClipParser):
             if role not in (USER, TOOL) and any(mark in text for mark in (IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER)):
                 self.wrong(field, f"a placeholder in a {role_name} turn", "clips and images are shown in human turns")
             self.check_layout(field, text)
+            if not self.is_learnt(turn, role, where):
+                self.unlearnt.append(len(messages))
+            self.unread(turn, (*self.keys.role, *self.keys.content, *_TURN_FIELDS), "a turn's ")
             messages.append((role, text))
         if len(messages) == len(turns):
             self.check_order([role for role, _ in messages], name)
         return messages
+
+    def is_learnt(self, turn: dict, role: str, where: str) -> bool:
+        """Whether a turn is trained on: `loss` is ms-swift's name, `weight` OpenAI's."""
+        name, value = self.pick(turn, ("loss", "weight"), f"{where}.")
+        is_answer = role in (ASSISTANT, FUNCTION)
+        if value is None:
+            return True
+        if isinstance(value, str) or value not in (0, 1):
+            self.wrong(f"{where}.{name}", quote(value), "true or 1 trains on an answer, false or 0 does not")
+        elif value and not is_answer:
+            self.wrong(f"{where}.{name}", f"{quote(value)} on what the model is told", "answers alone are trained on")
+        return bool(value) or not is_answer
+
+    def unread(self, value: dict, known: tuple[str, ...], of: str = "") -> None:
+        """Tell the fields that mean nothing here."""
+        for key, given in value.items():
+            if key in known or given in (None, "", [], {}) or self.keys.unknown == "ignore":
+                continue
+            if self.keys.unknown == "error":
+                self.wrong(key, f"{of}field that is not read", "remove it, or set `unknown_fields: warn`")
+            else:
+                self.notes.append(f"{of}field {key} is not read")
 
     def check_layout(self, field: str, text: str) -> None:
         for token in LAYOUT_TOKENS:
@@ -191,16 +234,63 @@ class _RecordParser(ClipParser):
             values = value
         else:
             values = [value]
+        if kind == "video" and (given := self.clip_settings(record)):
+            if len(values) == 1 and not found:
+                values, value = [self.with_settings(values[0], given)], None
+            else:
+                where = 'it belongs into the clip that is meant: {"path": …, "' + next(iter(given)) + '": …}'
+                self.wrong(next(iter(given)), f"a setting beside {max(len(values), len(found))} clips", where)
         if found and values:
             self.wrong(name, f"stands beside {kind} items in the turns", "keep one of the two")
             return found
         for i, item in enumerate(values):
-            field = name if value is not values else f"{name}[{i}]"
+            field = f"{name}[{i}]" if value is values else name
             found.append(self.clip(item, field) if kind == "video" else self.media_path(item, field, "picture"))
         if len(found) != counted:
             counts = f"{len(found)} {kind}(s) and {counted} {mark} in the turns"
             self.wrong(name, counts, f"one {mark} is needed for each")
         return found
+
+    def clip_settings(self, record: dict) -> dict[str, Any]:
+        """Settings of a clip that stand beside it in the record."""
+        return {key: record[key] for key in _CLIP_SETTINGS if record.get(key) is not None}
+
+    def with_settings(self, clip: Any, given: dict[str, Any]) -> Any:
+        """A clip with the settings that stand beside it."""
+        if not isinstance(clip, dict):
+            clip = {"frames" if isinstance(clip, list) else "path": clip}
+        for key in given:
+            if key in clip:
+                self.wrong(key, "stands in the clip too", "keep one of the two")
+            self.notes.append(f"{key} beside the clip is taken as its setting")
+        return {**given, **clip}
+
+    def turns_of(self, record: dict) -> dict:
+        """A record whose question and answer stand in fields of their own, as ms-swift and alpaca have them, as turns."""
+        if any(record.get(name) is not None for name in self.keys.messages):
+            return record
+        found = [each for each in _PAIRS if isinstance(record.get(each[0]), str) and record.get(each[2]) is not None]
+        if not found:
+            return record
+        asked, more, answer = found[0]
+        question = "\n".join(filter(None, [record[asked], record.get(more) if more else None]))
+        history = record.get("history") or []
+        if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+            self.wrong("history", quote(history), "pairs [question, answer] are needed")
+            history = []
+        turns = [
+            {self.keys.role[0]: role, self.keys.content[0]: text}
+            for pair in [*history, [question, record[answer]]]
+            for role, text in zip(self.speakers(), pair, strict=True)
+        ]
+        self.notes.append(f"{asked} and {answer} are taken as question and answer")
+        rest = {key: value for key, value in record.items() if key not in (asked, more, answer, "history")}
+        return {**rest, self.keys.messages[0]: turns}
+
+    def speakers(self) -> tuple[str, str]:
+        """What a person and the model are called in turns."""
+        names = {role: name for name, role in reversed(self.keys.roles)}
+        return names[USER], names[ASSISTANT]
 
     def parse(self, record: Any) -> Conversation:
         if not isinstance(record, dict):
@@ -208,20 +298,41 @@ class _RecordParser(ClipParser):
             return Conversation([])
         images: list = []
         videos: list = []
+        record = self.turns_of(record)
         known = (*self.keys.messages, *self.keys.videos, *self.keys.images, *self.keys.system, *self.keys.tools)
         for key in record:
-            if key not in known and (meant := misspelt(key, known)):
+            if key not in (*known, "system_prompt", *_CLIP_SETTINGS) and (meant := misspelt(key, known)):
                 self.wrong(key, "unknown field", f"is {meant} meant?")
+        for name, meaning in _ELSEWHERE.items():
+            if record.get(name) not in (None, "", [], {}) and not any(record.get(key) for key in self.keys.messages):
+                self.wrong(name, "unknown field", meaning)
+        self.unread(record, (*known, "system_prompt", *_CLIP_SETTINGS))
         messages = self.turns(record, images, videos)
         shown = "".join(text for role, text in messages if role in (USER, TOOL))
         if messages:
             videos = self.media(record, self.keys.videos, "video", videos, shown.count(VIDEO_PLACEHOLDER))
             images = self.media(record, self.keys.images, "image", images, shown.count(IMAGE_PLACEHOLDER))
-        _, system = self.pick(record, self.keys.system)
+        for role, text in messages:
+            if "<bbox>" in text or "<ref-object>" in text:
+                self.wrong(
+                    "objects" if "objects" in record else self.keys.messages[0],
+                    f"<bbox> or <ref-object> in a {role} turn",
+                    "ms-swift fills it in from `objects`; write coordinates and names into the text",
+                )
+        if messages and all(
+            i in self.unlearnt for i, (role, _) in enumerate(messages) if role in (ASSISTANT, FUNCTION)
+        ):
+            self.wrong(
+                self.keys.messages[0], "no answer is trained on", "at least one without `loss: false` is needed"
+            )
+        name, system = self.pick(record, (*self.keys.system, "system_prompt"))
+        if name == "system_prompt":
+            self.notes.append("system_prompt is taken as system")
         if messages and messages[0][0] == SYSTEM:
             if system:
                 self.wrong(self.keys.system[0], "stands beside a system turn", "keep one of the two")
             system, messages = messages[0][1], messages[1:]
+            self.unlearnt = [number - 1 for number in self.unlearnt]
         if system is not None and not isinstance(system, str):
             self.wrong(self.keys.system[0], quote(system), "a text is needed")
             system = None
@@ -232,7 +343,8 @@ class _RecordParser(ClipParser):
             self.wrong(self.keys.tools[0], quote(tools), "a list of tools, or its JSON text, is needed")
         tools = json_text(listed) if listed else ""
         self.check_layout(self.keys.tools[0], tools)
-        return Conversation(messages, images, videos, system or "", tools, notes=self.notes)
+        unlearnt = tuple(self.unlearnt)
+        return Conversation(messages, images, videos, system or "", tools, unlearnt, notes=self.notes)
 
 
 def parse_record(
