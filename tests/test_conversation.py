@@ -378,6 +378,15 @@ def test_questions_and_answers_in_fields_of_their_own(record, expected):
     assert conversation.system == record.get("system", "")
 
 
+def test_a_video_where_a_picture_is_written():
+    conversation = good({"video": "a.mp4", "conversations": turns("<image>\n问", "答", "再问", "再答")})
+    assert conversation.messages[0] == ("user", "<video>问")
+    assert conversation.notes == ["<image> is taken as <video>, since the record has clips and no pictures"]
+    assert complaints({"video": "a.mp4", "image": "b.png", "conversations": turns("<image>问", "答")})
+    (complaint,) = complaints({"videos": [["a.mp4"]], "conversations": turns("<video>问", "答")})[:1]
+    assert "a.mp4 is a video; a list in the list of clips holds frames: one pair of brackets less" in complaint
+
+
 def test_a_system_prompt_under_its_other_name():
     conversation = good({"system_prompt": "只答一个词", "conversations": turns("问", "答")})
     assert conversation.system == "只答一个词"

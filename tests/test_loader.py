@@ -1,15 +1,17 @@
 """Annotation files: reading, errors by place, the cache, and what LLaMA-Factory makes of the rows."""
 
+import gzip
 import json
 import os
 import subprocess
 import sys
+import unicodedata
 
 import pytest
 from llamafactory_video.host.rows import LAYOUT
 from llamafactory_video.records import files
 from llamafactory_video.records import table as loader
-from llamafactory_video.records.files import read_records
+from llamafactory_video.records.files import MediaFinder, read_records
 from llamafactory_video.records.report import DatasetError
 from llamafactory_video.records.table import load_conversations
 
@@ -135,6 +137,59 @@ def test_a_json_file_of_another_shape_is_one_error(folder):
     with pytest.raises(DatasetError, match="1 of 1 records are wrong") as error:
         load(folder)
     assert "holds an array of records, or one record on each line" in str(error.value)
+
+
+def test_objects_that_span_lines_and_packed_files_are_read(folder):
+    rows = [record(i) for i in range(3)]
+    (folder / "flat.jsonl").write_text(
+        "\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8"
+    )
+    expected = [{**row, "_source": None} for row in load(folder, "flat.jsonl").to_list()]
+    text = "\n".join(json.dumps(row, ensure_ascii=False, indent=2) for row in rows)
+    (folder / "spread.jsonl").write_text(text, encoding="utf-8")
+    (folder / "one.json").write_text(json.dumps(rows[0], ensure_ascii=False, indent=2), encoding="utf-8")
+    (folder / "packed.jsonl.gz").write_bytes(gzip.compress((folder / "flat.jsonl").read_bytes()))
+    (folder / "array.json.gz").write_bytes(gzip.compress(json.dumps(rows, indent=1).encode()))
+    for name, count in (("spread.jsonl", 3), ("one.json", 1), ("packed.jsonl.gz", 3), ("array.json.gz", 3)):
+        found = [{**row, "_source": None} for row in load(folder, name).to_list()]
+        assert found == expected[:count], name
+    lines = text.splitlines()
+    (folder / "broken.jsonl").write_text("\n".join(lines[:-4]), encoding="utf-8")
+    with pytest.raises(DatasetError, match=r"record 3 \(line \d+\): .*not JSON: .*nothing after it was read"):
+        load(folder, "broken.jsonl")
+
+
+def test_other_files_are_called_what_they_are(folder):
+    for name, content, message in (
+        ("a.parquet", b"PAR1....", "a parquet file; write its records with"),
+        ("a.csv", b"video,text\na.mp4,x\n", "a table; records are read from"),
+        ("a.xlsx", b"PK\x03\x04", "a zip archive or a spreadsheet"),
+        ("cut.jsonl.gz", gzip.compress(b'{"conversations": []}' * 99)[:-9], "end-of-stream|Compressed file ended"),
+    ):
+        (folder / name).write_bytes(content)
+        with pytest.raises(DatasetError, match=message):
+            load(folder, name)
+
+
+def test_files_are_found_as_their_names_are_written_elsewhere(folder, monkeypatch):
+    media = folder / "media"
+    names = ["片段/第一 集.mp4", unicodedata.normalize("NFD", "résumé.mp4")]
+    for name in names:
+        (media / name).parent.mkdir(parents=True, exist_ok=True)
+        (media / name).touch()
+    monkeypatch.setenv("HOME", str(media))
+    find = MediaFinder(str(media))
+    for written in ("片段\\第一 集.mp4", " 片段/第一 集.mp4", ".\\片段\\第一 集.mp4", "~/片段/第一 集.mp4"):
+        assert os.path.samefile(find(written), media / names[0]), written
+    assert find(unicodedata.normalize("NFC", "résumé.mp4")) == str(media / names[1])
+    assert find("gone.mp4") is None
+    for written, message in (
+        ("片段", "is a folder; list its pictures in `frames`"),
+        ("其他/a.mp4", f"there is no folder {media}/其他"),
+        ("片段/第一集.mp4", f"is 第一 集.mp4 in {media}/片段 meant?"),
+        ("zzz.mp4", f"looked in {media}"),
+    ):
+        assert message in find.explain(written)
 
 
 def test_wrong_records_stop_or_are_left_out_with_a_report(folder, monkeypatch):

@@ -4,6 +4,7 @@ import difflib
 import functools
 import itertools
 import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -41,6 +42,35 @@ class RecordKeys:
     content: tuple[str, ...] = ("value", "content")
     roles: tuple[tuple[str, str], ...] = tuple(ROLES.items())
     unknown: str = "warn"
+
+
+VIDEO_FILES = frozenset(
+    [
+        ".mp4",
+        ".m4v",
+        ".mov",
+        ".mkv",
+        ".webm",
+        ".avi",
+        ".flv",
+        ".ts",
+        ".mts",
+        ".m2ts",
+        ".mpg",
+        ".mpeg",
+        ".vob",
+        ".wmv",
+        ".asf",
+        ".3gp",
+        ".ogv",
+        ".gif",
+    ]
+)
+
+
+def is_video_name(path: str) -> bool:
+    """Whether a name ends as those of video files do; pictures may be GIFs too, and are not meant."""
+    return os.path.splitext(path)[1].lower() in VIDEO_FILES - {".gif"}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -91,7 +121,9 @@ class ClipParser:
             return None
         path = self.find(value)
         if path is None:
-            self.wrong(field, f"no file {quote(value)}", "give a path relative to media_dir, or an absolute one")
+            explain = getattr(self.find, "explain", None)
+            why = f" ({explain(value)})" if explain else ""
+            self.wrong(field, f"no file {quote(value)}", f"give a path relative to media_dir, or an absolute one{why}")
         return path
 
     def clip(self, value: Any, field: str) -> Clip | None:
@@ -100,6 +132,14 @@ class ClipParser:
             path = self.media_path(value, field, "video")
             return None if path is None else Clip(path=path)
         if isinstance(value, list):
+            named = next((each for each in value if isinstance(each, str) and is_video_name(each)), None)
+            if named is not None:
+                self.wrong(
+                    field,
+                    quote(value),
+                    f"{named} is a video; a list in the list of clips holds frames: one pair of brackets less",
+                )
+                return None
             value = {"frames": value}
         if not isinstance(value, dict):
             self.wrong(field, quote(value), "a path, a list of frame pictures or an object with `path` is needed")

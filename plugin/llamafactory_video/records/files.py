@@ -1,10 +1,14 @@
 """Annotation files -> their records, read as a stream; and the files that records name."""
 
 import codecs
+import difflib
+import gzip
 import json
 import os
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from .json_text import RecordDecoder, read_json
 from .report import DatasetError, RawRecord
@@ -28,35 +32,93 @@ def annotation_files(path: Path) -> list[Path]:
     return [path]
 
 
+def _open(file: Path) -> BinaryIO:
+    """A file to read, also one that gzip has packed."""
+    stream = file.open("rb")
+    is_packed = stream.read(2) == b"\x1f\x8b"
+    stream.seek(0)
+    return gzip.GzipFile(fileobj=stream) if is_packed else stream
+
+
 def _read_text(file: Path) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    with file.open("rb") as stream:
+    with _open(file) as stream:
         while chunk := stream.read(_CHUNK):
             yield decoder.decode(chunk)
         yield decoder.decode(b"", final=True)
 
 
 def read_records(file: Path) -> Iterator[RawRecord]:
-    """The records of one file, in order: a JSON array, or one JSON value on each line.
+    """The records of one file, in order: a JSON array, one JSON value on each line, or objects one after another.
 
     A record that is wrong in itself is one wrong record. Where the rest of a file cannot be read, the last record
     says so.
     """
     try:
-        yield from _read_array(file) if _first_character(file) == "[" else _read_lines(file)
-    except UnicodeDecodeError as error:
-        yield RawRecord(file, 0, 0, error=f"not UTF-8 ({error.reason}); save the file as UTF-8", is_last=True)
+        with _open(file) as stream:
+            begin = stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
+            stream.seek(0)
+            line = stream.readline().removeprefix(codecs.BOM_UTF8).strip() or begin.partition(b"\n")[0]
+        if kind := _other_kind(file, begin):
+            yield RawRecord(file, 0, 0, error=f"{kind}; records are read from .json and .jsonl files", is_last=True)
+        elif begin.startswith(b"["):
+            yield from _read_array(file)
+        elif begin.startswith(b"{") and not _is_json(line):
+            yield from _read_objects(file)
+        else:
+            yield from _read_lines(file)
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+        reason = (
+            f"not UTF-8 ({error.reason}); save the file as UTF-8" if isinstance(error, UnicodeDecodeError) else error
+        )
+        yield RawRecord(file, 0, 0, error=str(reason), is_last=True)
 
 
-def _first_character(file: Path) -> str:
-    with file.open("rb") as stream:
-        return stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1].decode("ascii", "replace")
+def _other_kind(file: Path, begin: bytes) -> str | None:
+    """What a file is that holds no JSON."""
+    if begin.startswith(b"PAR1"):
+        return 'a parquet file; write its records with datasets.Dataset.from_parquet(…).to_json("data.jsonl")'
+    if begin.startswith(b"PK"):
+        return "a zip archive or a spreadsheet"
+    return "a table" if file.suffix.lower() in (".csv", ".tsv") else None
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _read_objects(file: Path) -> Iterator[RawRecord]:
+    """Objects that span lines, one after another, which is no JSON, and yet means one thing."""
+    text = "".join(_read_text(file))
+    decoder, position, number = RecordDecoder(), 0, 0
+    while position < len(text):
+        if text[position].isspace():
+            position += 1
+            continue
+        number += 1
+        line = 1 + text.count("\n", 0, position)
+        decoder.problems = []
+        try:
+            value, end = decoder.raw_decode(text, position)
+        except (json.JSONDecodeError, RecursionError) as error:
+            reason = (
+                f"not JSON: {error.msg} (line {error.lineno})" if hasattr(error, "lineno") else "nested too deeply"
+            )
+            yield RawRecord(file, number, line, error=f"{reason}; nothing after it was read", is_last=True)
+            return
+        problems = read_json(text[position:end])[1]
+        yield RawRecord(file, number, line, value, "; ".join(problems) or None)
+        position = end
 
 
 def _read_lines(file: Path) -> Iterator[RawRecord]:
     number = 0
     # Lines end at \n alone: str.splitlines would also split inside texts, at U+2028 and others.
-    with file.open("rb") as stream:
+    with _open(file) as stream:
         for line, raw in enumerate(stream, start=1):
             if not (raw := raw.removeprefix(codecs.BOM_UTF8).strip() if line == 1 else raw.strip()):
                 continue
@@ -171,4 +233,28 @@ class MediaFinder:
         return name in self._listings[folder]
 
     def __call__(self, path: str) -> str | None:
-        return next((p for p in (os.path.join(self.media_dir, path), path) if self._is_file(p)), None)
+        """Where the file lies: as it is named, or as the same name is written elsewhere."""
+        return self._find(path) or next(filter(None, map(self._find, _other_spellings(path))), None)
+
+    def _find(self, path: str) -> str | None:
+        return next((place for place in (os.path.join(self.media_dir, path), path) if self._is_file(place)), None)
+
+    def explain(self, path: str) -> str:
+        """Why there is no such file, for a person."""
+        for name in (path, *_other_spellings(path)):
+            for place in (os.path.join(self.media_dir, name), name):
+                if os.path.isdir(place):
+                    return f"{place} is a folder; list its pictures in `frames`"
+        folder, name = os.path.split(os.path.join(self.media_dir, path))
+        if not os.path.isdir(folder or "."):
+            return f"there is no folder {folder}"
+        near = difflib.get_close_matches(name, self._listings.get(folder, ()), 1, 0.8)
+        return f"is {near[0]} in {folder or '.'} meant?" if near else f"looked in {folder or '.'}"
+
+
+def _other_spellings(path: str) -> list[str]:
+    """The same path with the slashes of this system, from the home folder, without blanks around it, in other Unicode forms."""
+    path = path.strip()
+    turned = path.replace("\\", "/")
+    forms = [path, turned, os.path.expanduser(turned)]
+    return [unicodedata.normalize(form, each) for each in forms for form in ("NFC", "NFD")] + forms

@@ -55,6 +55,19 @@ def is_text_items(value: Any) -> bool:
     )
 
 
+def _records_inside(value: dict, known: tuple[str, ...]) -> str | None:
+    """The field of an object that holds records, as a file's wrapping does."""
+    for name, held in value.items():
+        if name in known:
+            continue
+        items = list(held.values()) if isinstance(held, dict) else held
+        if isinstance(items, list) and items and all(isinstance(item, dict) for item in items):
+            return name
+        if isinstance(held, dict) and any(key in held for key in ("conversations", "messages")):
+            return name
+    return None
+
+
 class _RecordParser(ClipParser):
     """Reads one record, collecting every problem on the way."""
 
@@ -300,6 +313,13 @@ class _RecordParser(ClipParser):
         videos: list = []
         record = self.turns_of(record)
         known = (*self.keys.messages, *self.keys.videos, *self.keys.images, *self.keys.system, *self.keys.tools)
+        if not any(name in record for name in self.keys.messages) and (inside := _records_inside(record, known)):
+            self.wrong(
+                inside,
+                "holds records",
+                "a file holds an array of records, or one record on each line, and nothing around them",
+            )
+            return Conversation([])
         for key in record:
             if key not in (*known, "system_prompt", *_CLIP_SETTINGS) and (meant := misspelt(key, known)):
                 self.wrong(key, "unknown field", f"is {meant} meant?")
@@ -309,6 +329,17 @@ class _RecordParser(ClipParser):
         self.unread(record, (*known, "system_prompt", *_CLIP_SETTINGS))
         messages = self.turns(record, images, videos)
         shown = "".join(text for role, text in messages if role in (USER, TOOL))
+        clips = next((record[key] for key in self.keys.videos if record.get(key)), [])
+        clips = len(clips) if isinstance(clips, list) else 1
+        pictures = any(record.get(key) for key in self.keys.images) or images or videos
+        if clips and not pictures and VIDEO_PLACEHOLDER not in shown and shown.count(IMAGE_PLACEHOLDER) == clips:
+            # As LLaVA has it, and what is trained on its records.
+            messages = [
+                (role, text.replace(IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER) if role in (USER, TOOL) else text)
+                for role, text in messages
+            ]
+            shown = shown.replace(IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER)
+            self.notes.append("<image> is taken as <video>, since the record has clips and no pictures")
         if messages:
             videos = self.media(record, self.keys.videos, "video", videos, shown.count(VIDEO_PLACEHOLDER))
             images = self.media(record, self.keys.images, "image", images, shown.count(IMAGE_PLACEHOLDER))

@@ -8,31 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..media import ASSISTANT, IMAGE_PLACEHOLDER, ROLES, VIDEO_PLACEHOLDER, Conversation
+from .clips import VIDEO_FILES
 from .files import MediaFinder, annotation_files, read_records
 from .parse import parse_record
 
-VIDEO_FILES = frozenset(
-    [
-        ".mp4",
-        ".m4v",
-        ".mov",
-        ".mkv",
-        ".webm",
-        ".avi",
-        ".flv",
-        ".ts",
-        ".mts",
-        ".m2ts",
-        ".mpg",
-        ".mpeg",
-        ".vob",
-        ".wmv",
-        ".asf",
-        ".3gp",
-        ".ogv",
-        ".gif",
-    ]
-)
 _TO_COME = "?"  # in place of the answer, which is not shown
 
 
