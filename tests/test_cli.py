@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -224,3 +225,20 @@ def test_check_tells_what_training_would_see(home, tmp_path):
     result = run("lmf-video", "check", file)
     assert result.returncode == 1 and "names no data set; give a training recipe" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_what_is_misspelt_is_told_beside_what_is_meant(home):
+    file, _ = recipe(home, "misspelt")
+    for words, message in (
+        (["video_sampeling=qwen_finetune"], "unknown key video_sampeling; is video_sampling meant?"),
+        (["dataset=mixd"], "no data set mixd in "),
+        (["dataset=mixd"], "is mixed meant?; it has "),
+        (["dataset", "mixed"], "dataset is no override; write key=value, such as dataset=wzry"),
+    ):
+        result = run("lmf-video", "check", file, *words)
+        assert result.returncode == 1
+        assert message in result.stderr, result.stderr[-500:]
+        assert "Traceback" not in result.stderr
+    told = run("lmf-video", "--version")
+    assert told.returncode == 0
+    assert all(f"{name} {version(name)}" in told.stdout for name in ("llamafactory-video", "llamafactory", "torch"))

@@ -1,8 +1,11 @@
 """The plugin's keys in LLaMA-Factory's parser, and checks of a recipe before anything is loaded."""
 
+import ast
+import difflib
 import json
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,7 +15,7 @@ from .core import TEMPLATE, is_ours, replace_everywhere
 
 def extend_parser(parser: ModuleType) -> None:
     """The YAML keys of keys.py, and a check that they go with the template."""
-    from dataclasses import dataclass
+    from dataclasses import dataclass, fields
 
     from .keys import VideoDataKeys, VideoFinetuningKeys, VideoModelKeys, check_keys
 
@@ -47,6 +50,7 @@ def extend_parser(parser: ModuleType) -> None:
     for cls in extended.values():
         replace_everywhere(parser, cls.__name__, cls)
 
+    known = {f.name for cls in (*parser._TRAIN_ARGS, *parser._INFER_ARGS, *parser._EVAL_ARGS) for f in fields(cls)}
     environment: dict[str, str | None] = {}  # what variables were before a parse set them
 
     def checked(parse: Callable) -> Callable:
@@ -65,7 +69,11 @@ def extend_parser(parser: ModuleType) -> None:
                     changed = [n for n in os.environ if n.startswith(_FSDP) and os.environ[n] != before.get(n)]
                     environment.update({name: before.get(name) for name in changed})
             else:
-                parsed = parse(args)
+                try:
+                    parsed = parse(args)
+                except ValueError as error:
+                    _explain_keys(error, known)
+                    raise
             finetuning_args = next(p for p in parsed if hasattr(p, "finetuning_type"))
             ours = is_ours(parsed[1].template)
             parsed[0].video_template = finetuning_args.video_template = ours
@@ -83,6 +91,7 @@ def extend_parser(parser: ModuleType) -> None:
                 check_deepspeed(training_args.deepspeed, finetuning_args)
             if ours:
                 training = next((p for p in parsed if hasattr(p, "do_train")), None)
+                _check_datasets(parsed[1])
                 _check_folders(parser.logger, parsed[0], training, finetuning_args)
             return parsed
 
@@ -101,6 +110,34 @@ def extend_parser(parser: ModuleType) -> None:
         return (last_whole_checkpoint if Path(folder, FILE).is_file() else stock_last_checkpoint)(folder)
 
     replace_everywhere(parser, "get_last_checkpoint", get_last_checkpoint)
+
+
+def _explain_keys(error: ValueError, known: Collection[str]) -> None:
+    """Say which key is meant by one that is misspelt; the parser of transformers lists it alone."""
+    found = re.search(r"Some keys are not used by the HfArgumentParser: (\[.*\])", str(error))
+    if found is None:
+        return
+    told = [f"{name}{_meant(name, known)}" for name in ast.literal_eval(found[1])]
+    raise ValueError(f"unknown key {', '.join(told)}") from error
+
+
+def _meant(name: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1, 0.7)
+    return f"; is {near[0]} meant?" if near else ""
+
+
+def _check_datasets(data_args: Any) -> None:
+    """Names of data sets that dataset_info.json does not have are told beside those that it has."""
+    if not isinstance(data_args.dataset_dir, str) or not os.path.isdir(data_args.dataset_dir):
+        return
+    file = Path(data_args.dataset_dir, "dataset_info.json")
+    names = [*(data_args.dataset or ()), *(data_args.eval_dataset or ())]
+    if not names or not file.is_file():
+        return
+    known = json.loads(file.read_text(encoding="utf-8"))
+    for name in names:
+        if name not in known:
+            raise ValueError(f"no data set {name} in {file}{_meant(name, known)}; it has {', '.join(known) or 'none'}")
 
 
 _FSDP = ("FSDP_", "ACCELERATE_USE_FSDP")  # how variables begin that set up FSDP, by us or by transformers

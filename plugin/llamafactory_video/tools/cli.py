@@ -7,6 +7,7 @@ import re
 import shlex
 import statistics
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import yaml
@@ -161,8 +162,16 @@ def map_settings(words: list[str], kind: str | None, clip: str | None, as_json: 
         print(f"# {line}")
 
 
+def _versions() -> str:
+    """Of this package and of those that it works with, a line each."""
+    names = ("llamafactory-video", "llamafactory", "transformers", "torch", "av")
+    return "\n".join(f"{name} {version(name)}" for name in names)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="lmf-video", description=__doc__)
+    keep_lines = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="lmf-video", description=__doc__, formatter_class=keep_lines)
+    parser.add_argument("--version", action="version", version=_versions())
     commands = parser.add_subparsers(dest="command", required=True)
     checking = commands.add_parser(
         "check",
@@ -207,6 +216,8 @@ def main() -> None:
     try:
         if options.command == "infer":
             sys.exit(1 if options.run(options) else 0)
+        if wrong := [word for word in options.overrides if "=" not in word]:
+            raise ValueError(f"{wrong[0]} is no override; write key=value, such as dataset=wzry")
         if options.recipe is not None and not options.recipe.is_file():
             raise ValueError(f"no file {options.recipe}; give a recipe, such as recipes/wzry_full.yaml")
         if options.command == "check":
