@@ -198,6 +198,23 @@ def test_fewer_at_once_where_memory_does_not_last(home, model, monkeypatch):
     assert said[0] == "No memory for 6 questions at once; from here on there are 3."
 
 
+def test_none_is_lost_where_memory_does_not_last(home, model, monkeypatch):
+    """Over more questions than are sorted at once."""
+    answer = VideoModel.answer
+
+    def small(self, loaded, *args, **kwargs):
+        if len(loaded) > 1:
+            raise OutOfMemory("full")
+        return answer(self, loaded, *args, **kwargs)
+
+    asked = questions(home) * 3
+    expected = dict(model.ask_many(asked, SHORT, 4))
+    monkeypatch.setattr(VideoModel, "answer", small)
+    monkeypatch.setattr("llamafactory_video.model.video_model._SORTED", 1)
+    assert dict(model.ask_many(asked, SHORT, 4, lambda _: None)) == expected
+    assert sorted(expected) == list(range(len(asked)))
+
+
 def test_out_of_memory_says_what_to_lower_and_to_what(home, model, monkeypatch):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")

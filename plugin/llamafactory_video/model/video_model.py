@@ -155,7 +155,7 @@ class VideoModel:
     ) -> Iterator[tuple[int, str | Exception]]:
         """Answers to many questions, each with the number of its question, in the order in which they are done.
 
-        Clips are read ahead by threads; questions of similar length are answered together, by fewer at once where memory
+        Clips are read ahead by processes; questions of similar length are answered together, by fewer at once where memory
         does not last. What cannot be asked is given as the error in its place.
 
         Args:
@@ -163,8 +163,9 @@ class VideoModel:
             log: takes a line for the person who runs this.
         """
         most = batch_size or (_AT_ONCE if self.model.device.type == "cuda" else 8)
-        for begin in range(0, len(conversations), most * _SORTED):
-            asked = dict(enumerate(conversations[begin : begin + most * _SORTED], start=begin))
+        window = most * _SORTED
+        for begin in range(0, len(conversations), window):
+            asked = dict(enumerate(conversations[begin : begin + window], start=begin))
             with ThreadPoolExecutor(4) as pool:
                 samples = dict(zip(asked, pool.map(self._encode, asked.values()), strict=True))
             yield from ((i, sample) for i, sample in samples.items() if isinstance(sample, Exception))
