@@ -280,6 +280,11 @@ def test_the_towers_positions_are_its_own(folder, grid):
     assert torch.equal(angles, visual.rot_pos_emb(torch.tensor([grid])))
 
 
+def test_what_a_question_laid_out_can_be_trained_with():
+    with torch.inference_mode():
+        assert not any(tensor.is_inference() for tensor in _grid(6, 14, 2, 48))
+
+
 def test_bytes_normalised_later_are_what_the_processors_give(encoder, samples):
     images = [image for sample, _ in samples for image in sample.images]
     clips = [clip for _, decoded in samples for clip in decoded]

@@ -18,6 +18,7 @@ from .tokens import IGNORE_INDEX
 
 
 @functools.lru_cache(maxsize=4096)
+@torch.inference_mode(False)  # what is kept may be trained with, also if a question was the first to ask for it
 def _grid(height: int, width: int, merge: int, side: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of one picture or pair of frames, in patches: coordinates and interpolation of its position embeddings.
 
