@@ -271,20 +271,26 @@ def make_data(clips: Path, folder: Path, records: int) -> None:
     (folder / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """The options that this script and those beside it have in common."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--config", type=Path, required=True, help="folder with the model's config and processor files"
     )
     parser.add_argument("--clips", type=Path, required=True, help="folder of clips")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("bench_work"), help="for models and caches")
+    parser.add_argument("--workers", type=int, default=8, help="processes that read clips, of the data loader")
+    parser.add_argument("--cpu", action="store_true", help="try the script without a GPU, with a small config")
+    return parser
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--only", default="", help="pattern of the names of the runs that are wanted")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--warm-up", type=int, default=5, help="steps that are not measured")
-    parser.add_argument("--workers", type=int, default=8)
-    parser.add_argument("--cpu", action="store_true", help="try the script without a GPU, with a small config")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     options.work.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ from typing import Any
 
 import av
 import numpy as np
-from against_stock import make_data
+from against_stock import make_data, make_parser
 from train_recipe import SIZES, make_model
 
 PROMPT_SAMPLING = {"video_fps": 4.0, "video_max_pixels": 31360, "video_min_pixels": 256}
@@ -152,19 +152,11 @@ def ours(work: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--config", type=Path, required=True, help="folder with the model's config and processor files"
-    )
-    parser.add_argument("--clips", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--work", type=Path, default=Path("bench_work"), help="for the model and clips")
+    parser = make_parser(__doc__)
     parser.add_argument("--size", default="2B", help=f"one of {', '.join(SIZES)}, or as the config is")
     parser.add_argument("--records", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 32], help="of stock")
-    parser.add_argument("--workers", type=int, default=8, help="of stock's data loader")
-    parser.add_argument("--cpu", action="store_true", help="try the script without a GPU, with a small config")
     options = parser.parse_args()
     work = options.work.resolve()
     for folder in (options.out, work):

@@ -13,12 +13,11 @@ import os
 import shutil
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from against_stock import CASES, STEP, make_data, make_given, make_mixed, recipe_of, turns
+from against_stock import CASES, STEP, make_data, make_given, make_mixed, make_parser, recipe_of, turns
 from torch.autograd import DeviceType
 from train_recipe import make_model
 from transformers import TrainerCallback
@@ -83,18 +82,10 @@ class Profile(TrainerCallback):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--config", type=Path, required=True, help="folder with the model's config and processor files"
-    )
-    parser.add_argument("--clips", type=Path, required=True, help="folder of clips")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--work", type=Path, default=Path("bench_work"), help="for models and caches")
+    parser = make_parser(__doc__)
     parser.add_argument("--case", default="2B full", choices=list(CASES))
     parser.add_argument("--profiled", type=int, default=3, help="steps, at the end")
     parser.add_argument("--steps", type=int, default=11, help="in all")
-    parser.add_argument("--workers", type=int, default=8)
-    parser.add_argument("--cpu", action="store_true", help="try the script without a GPU, with a small config")
     parser.add_argument("keys", nargs="*", metavar="key=value", help="of the recipe")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)

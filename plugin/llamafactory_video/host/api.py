@@ -9,6 +9,7 @@ from ..serve.app import Settings, create_app
 from ..serve.media import MediaAccess
 from ..video.cache import GIB
 from .core import replace_everywhere
+from .keys import listed
 
 
 def _settings(engine: Any) -> Settings:
@@ -25,7 +26,7 @@ def _settings(engine: Any) -> Settings:
         defaults=engine.decoding,
         media=MediaAccess(
             folder=Path(folder) if folder and allowed else None,
-            hosts=[host.strip() for host in (keys.api_allowed_hosts or "").split(",") if host.strip()],
+            hosts=listed(keys.api_allowed_hosts),
             most_bytes=int(keys.video_remote_gb * GIB),
             timeout=keys.video_timeout,
         ),

@@ -7,13 +7,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..media import IMAGE_PLACEHOLDER, USER, VIDEO_PLACEHOLDER, Conversation, strip_around_placeholders
+from ..media import ASSISTANT, IMAGE_PLACEHOLDER, USER, VIDEO_PLACEHOLDER, Conversation, strip_around_placeholders
 from ..model.decoding import Decoding
 from ..model.video_model import VideoModel
-from ..prompt.encoder import Encoder
+from ..records.question import TO_COME
+from ..records.schema import given_schema
 from ..video.reader import as_clip
 from .core import is_ours, replace_everywhere
-from .prompt import clip_reader_of
+from .data import make_encoder
+from .keys import listed
+from .prompt import check_placeholders
 
 SOURCE = "the question"  # what errors name
 
@@ -24,18 +27,11 @@ def schema_of(model_args: Any) -> dict[str, Any] | None:
     Raises:
         ValueError: if its keys contradict each other, or name no schema.
     """
-    file, data, vocabulary = model_args.json_schema, model_args.json_schema_from, model_args.json_schema_vocabulary
-    if file is not None and data is not None:
-        raise ValueError("json_schema stands beside json_schema_from; give one of them")
-    if vocabulary is not None and data is None:
-        raise ValueError("json_schema_vocabulary needs json_schema_from, whose answers are the vocabulary")
-    if file is None and data is None:
-        return None
-    from ..records.schema import read_schema, schema_of_answers
-
-    if file is not None:
-        return read_schema(Path(file))
-    return schema_of_answers(Path(data), [name.strip() for name in (vocabulary or "").split(",") if name.strip()])
+    names = ("json_schema", "json_schema_from", "json_schema_vocabulary")
+    file, data = (
+        None if path is None else Path(path) for path in (model_args.json_schema, model_args.json_schema_from)
+    )
+    return given_schema(file, data, listed(model_args.json_schema_vocabulary), names)
 
 
 def decoding_of(generating_args: dict[str, Any], schema: dict[str, Any] | None = None) -> Decoding:
@@ -75,12 +71,9 @@ def _conversation(
         (turn["role"], strip_around_placeholders(turn["content"]) if turn["role"] == USER else turn["content"])
         for turn in turns
     ]
-    shown = "".join(text for role, text in texts if role == USER)
-    for mark, given in ((VIDEO_PLACEHOLDER, videos or ()), (IMAGE_PLACEHOLDER, images or ())):
-        if shown.count(mark) != len(given):
-            raise ValueError(f"{shown.count(mark)} {mark} in the messages and {len(given)} given with them")
+    check_placeholders(texts, images or (), videos or ())
     return Conversation(
-        [*texts, ("assistant", "?")],
+        [*texts, (ASSISTANT, TO_COME)],
         images=list(images or ()),
         videos=[as_clip(video) for video in videos or ()],
         system=system or "",
@@ -97,20 +90,14 @@ def extend_engine(hf_engine: ModuleType) -> None:
         video_model: VideoModel | None = None
 
         def __init__(self, model_args: Any, data_args: Any, finetuning_args: Any, generating_args: Any) -> None:
-            is_video = getattr(model_args, "video_template", False)
-            defaults = decoding_of(generating_args.to_dict(), schema_of(model_args)) if is_video else None
+            ours = is_ours(model_args)
+            defaults = decoding_of(generating_args.to_dict(), schema_of(model_args)) if ours else None
             super().__init__(model_args, data_args, finetuning_args, generating_args)
-            if not is_ours(self.template) or not self.can_generate:
+            if not ours or not self.can_generate:
                 return
-            encoder = Encoder(
-                self.tokenizer,
-                self.processor,
-                clip_reader_of(self.processor),
-                cutoff_len=self.model.config.text_config.max_position_embeddings,
-                thinking=self.template.thinking,
-                default_system=self.template.default_system,
-                generation=True,
-            )
+            asked = make_encoder(self.template, self.tokenizer, self.processor, data_args, generation=True)
+            room = self.model.config.text_config.max_position_embeddings
+            encoder = replace(asked, cutoff_len=room, shrink=False)
             self.video_model, self.decoding, self.model_args = VideoModel(self.model, encoder), defaults, model_args
             if defaults.schema is not None:
                 self.video_model.hold([], defaults)

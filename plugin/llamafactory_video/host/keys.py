@@ -14,6 +14,11 @@ _ABOVE_0 = ("video_timeout", "video_cache_gb", "video_remote_gb", "api_max_uploa
 _AT_LEAST_0 = ("answer_json_indent", "vision_tower_lr", "mm_projector_lr")
 
 
+def listed(text: str | None) -> list[str]:
+    """The parts of a key that has commas between several."""
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
 def check_keys(keys: Any, cls: type) -> None:
     """Raise ValueError for a key of `cls` whose value is of another type, none of those known or too small.
 

@@ -1,5 +1,6 @@
 """The templates, and clips and pictures in LLaMA-Factory's collator, chat and API."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, ClassVar
@@ -43,6 +44,21 @@ def clip_of(video: Any) -> tuple[Any, str]:
         raise ClipError(f"{video}: {error}") from error
 
 
+def check_placeholders(messages: Sequence[tuple[str, str]], images: Sequence[Any], videos: Sequence[Any]) -> None:
+    """See that each picture and clip given with messages has its place in them.
+
+    Args:
+        messages: (role, text) in order.
+
+    Raises:
+        TemplateError: a ValueError, with both counts.
+    """
+    text = "".join(text for role, text in messages if role in (USER, TOOL))
+    for mark, given in ((VIDEO_PLACEHOLDER, videos), (IMAGE_PLACEHOLDER, images)):
+        if text.count(mark) != len(given):
+            raise TemplateError(f"{text.count(mark)} {mark} in the messages and {len(given)} given with them")
+
+
 def _decode(video: Any, reader: ClipReader) -> DecodedClip:
     if isinstance(video, DecodedClip):
         return video
@@ -62,10 +78,7 @@ def extend_mm_plugin(mm_plugin: ModuleType) -> None:
     class Qwen3VLVideoPlugin(mm_plugin.BasePlugin):
         def process_messages(self, messages, images, videos, audios, processor):
             self._validate_input(processor, images, videos, audios)
-            text = "".join(message["content"] for message in messages if message["role"] in (USER, TOOL))
-            for mark, given in ((VIDEO_PLACEHOLDER, videos), (IMAGE_PLACEHOLDER, images)):
-                if text.count(mark) != len(given):
-                    raise TemplateError(f"{text.count(mark)} {mark} in the messages and {len(given)} given with them")
+            check_placeholders([(message["role"], message["content"]) for message in messages], images, videos)
             plans = [_decode(video, clip_reader_of(processor)).plan for video in videos]
             stripped = [
                 {**message, "content": strip_around_placeholders(message["content"])}

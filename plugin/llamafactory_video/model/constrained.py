@@ -212,12 +212,12 @@ class JsonAnswers(LogitsProcessor):
                 mask[number] = 0
                 bit = token % 32
                 mask[number, token // 32] = (1 << bit) - (1 << 32 if bit == 31 else 0)
-        bits = mask.to(scores.device, non_blocking=True)
+        numbers = [number for number, _ in held]
+        bits = mask[numbers].to(scores.device, non_blocking=True)
         shifts = torch.arange(32, device=scores.device, dtype=torch.int32)
-        allowed = ((bits[:, :, None] >> shifts) & 1).flatten(1).bool()
-        allowed = torch.nn.functional.pad(
-            allowed, (0, max(0, scores.shape[1] - allowed.shape[1]))
-        )  # rows without a token
-        allowed = allowed[:, : scores.shape[1]]
-        allowed[[number for number in range(len(scores)) if number not in {number for number, _ in held}]] = True
-        return scores.masked_fill(~allowed, -torch.inf)
+        allowed = ((bits[:, :, None] >> shifts) & 1).flatten(1).bool()[:, : scores.shape[1]]
+        missing = scores.shape[1] - allowed.shape[1]  # a model may have more rows than there are tokens
+        allowed = torch.nn.functional.pad(allowed, (0, missing))
+        kept = scores.clone()
+        kept[numbers] = scores[numbers].masked_fill(~allowed, -torch.inf)
+        return kept

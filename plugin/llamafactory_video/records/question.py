@@ -2,17 +2,17 @@
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..media import ASSISTANT, IMAGE_PLACEHOLDER, ROLES, VIDEO_PLACEHOLDER, Conversation
-from .clips import VIDEO_FILES
+from .clips import VIDEO_FILES, Problem
 from .files import MediaFinder, annotation_files, read_records
 from .parse import parse_record
 
-_TO_COME = "?"  # in place of the answer, which is not shown
+TO_COME = "?"  # in place of the answer, which is not shown
 
 
 def _found(path: str) -> str | None:
@@ -48,6 +48,25 @@ def _listed(media: Any) -> list[Any]:
     return [os.fspath(each) if isinstance(each, os.PathLike) else each for each in media]
 
 
+def parse_question(
+    turns: Sequence[Any],
+    videos: Sequence[Any],
+    images: Sequence[Any],
+    system: str,
+    tools: Sequence[Any],
+    find: Callable[[str], str | None],
+) -> tuple[Conversation, list[Problem]]:
+    """A question checked as records are, with an answer that is still to come; see `parse_record`."""
+    record = {
+        "messages": [*turns, {"role": "assistant", "content": TO_COME}],
+        "videos": videos,
+        "images": images,
+        "system": system,
+        "tools": tools,
+    }
+    return parse_record({name: value for name, value in record.items() if value}, find)
+
+
 def question(
     prompt: str | Sequence[dict[str, Any]], video: Any = None, image: Any = None, system: str = ""
 ) -> Conversation:
@@ -76,9 +95,7 @@ def question(
         turns = [*prompt]
         if not turns or not isinstance(turns[-1], dict) or turns[-1].get("role") not in ("user", "tool"):
             raise ValueError("the last turn must be the user's, which is answered")
-    record = {"messages": [*turns, {"role": "assistant", "content": _TO_COME}]}
-    record |= {name: value for name, value in (("videos", videos), ("images", images), ("system", system)) if value}
-    conversation, problems = parse_record(record, _found)
+    conversation, problems = parse_question(turns, videos, images, system, (), _found)
     if problems:
         raise ValueError("; ".join(map(str, problems)))
     return conversation
@@ -131,4 +148,4 @@ def _without_answer(record: Any) -> tuple[Any, Any]:
     speaker, text = ("from", "value") if "from" in last else ("role", "content")
     answered = ROLES.get(last.get(speaker)) == ASSISTANT
     before = turns[:-1] if answered else turns
-    return {**record, name: [*before, {speaker: "assistant", text: _TO_COME}]}, last.get(text) if answered else None
+    return {**record, name: [*before, {speaker: "assistant", text: TO_COME}]}, last.get(text) if answered else None

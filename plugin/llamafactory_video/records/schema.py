@@ -6,12 +6,30 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from genson import SchemaBuilder
-from jsonschema import Draft202012Validator
-from jsonschema.exceptions import SchemaError as WrongSchema
-
 from .json_text import json_text, read_json
 from .question import read_questions
+
+
+def given_schema(
+    file: Path | None, data: Path | None, vocabularies: Sequence[str], names: tuple[str, str, str]
+) -> dict[str, Any] | None:
+    """The JSON Schema that a recipe or a command asks for; None if it asks for none.
+
+    Args:
+        file: that holds it.
+        data, vocabularies: in its place, see `schema_of_answers`.
+        names: by which the person who asks knows the three.
+
+    Raises:
+        ValueError: if they contradict each other, or give no schema.
+    """
+    if file is not None and data is not None:
+        raise ValueError(f"{names[0]} stands beside {names[1]}; give one of them")
+    if vocabularies and data is None:
+        raise ValueError(f"{names[2]} needs {names[1]}, the records whose answers are the vocabulary")
+    if file is not None:
+        return read_schema(file)
+    return None if data is None else schema_of_answers(data, vocabularies)
 
 
 def check_schema(schema: Any, where: str) -> dict[str, Any]:
@@ -20,6 +38,9 @@ def check_schema(schema: Any, where: str) -> dict[str, Any]:
     Raises:
         ValueError: naming the place in it that is wrong.
     """
+    from jsonschema import Draft202012Validator
+    from jsonschema.exceptions import SchemaError as WrongSchema
+
     if not isinstance(schema, dict):
         raise ValueError(f"{where}: a JSON Schema is an object; this is {json.dumps(schema, ensure_ascii=False)[:80]}")
     try:
@@ -55,6 +76,8 @@ def schema_of_answers(data: Path, vocabularies: Sequence[str] = ()) -> dict[str,
     Raises:
         ValueError: if an answer is not JSON, or no answer has a field.
     """
+    from genson import SchemaBuilder
+
     builder, seen = SchemaBuilder(), {name: Counter() for name in vocabularies}
     for each in read_questions(data):
         if each.label is None:

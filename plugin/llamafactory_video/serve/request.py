@@ -8,7 +8,7 @@ from typing import Any
 
 from ..media import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Clip, Conversation
 from ..model.decoding import Decoding
-from ..records.parse import parse_record
+from ..records.question import parse_question
 from ..records.schema import check_schema
 from .media import RequestError
 
@@ -216,14 +216,8 @@ def _conversation(body: dict[str, Any], tools: list[Any], open_media: Callable[[
     if not turns or turns[-1]["role"] not in ("user", "tool"):
         raise RequestError("the last message must be the user's, which is answered", param="messages")
     # Clips and pictures stand under names while the rest is checked as records are.
-    record = {
-        "messages": [*turns, {"role": "assistant", "content": "?"}],
-        "videos": [{"path": name, **of_all, **settings} for name, settings in clips],
-        "images": pictures,
-        "system": system,
-        "tools": tools,
-    }
-    conversation, problems = parse_record({key: value for key, value in record.items() if value}, lambda name: name)
+    named = [{"path": name, **of_all, **settings} for name, settings in clips]
+    conversation, problems = parse_question(turns, named, pictures, system, tools, lambda name: name)
     if problems:
         raise RequestError("; ".join(map(str, problems)), param="messages")
     return replace(

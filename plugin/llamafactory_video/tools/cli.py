@@ -9,6 +9,7 @@ import statistics
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -162,16 +163,18 @@ def map_settings(words: list[str], kind: str | None, clip: str | None, as_json: 
         print(f"# {line}")
 
 
-def _versions() -> str:
-    """Of this package and of those that it works with, a line each."""
-    names = ("llamafactory-video", "llamafactory", "transformers", "torch", "av")
-    return "\n".join(f"{name} {version(name)}" for name in names)
+class _Versions(argparse.Action):
+    """Prints those of this package and of those that it works with, a line each."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        for name in ("llamafactory-video", "llamafactory", "transformers", "torch", "av"):
+            print(name, version(name))
+        parser.exit()
 
 
 def main() -> None:
-    keep_lines = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="lmf-video", description=__doc__, formatter_class=keep_lines)
-    parser.add_argument("--version", action="version", version=_versions())
+    parser = argparse.ArgumentParser(prog="lmf-video", description=__doc__)
+    parser.add_argument("--version", action=_Versions, nargs=0, help="show versions, this program's first, and exit")
     commands = parser.add_subparsers(dest="command", required=True)
     checking = commands.add_parser(
         "check",

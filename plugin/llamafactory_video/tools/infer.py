@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ..records.json_text import json_text, read_json
 from ..records.question import Asked, clip_argument, clip_files, question, read_questions
+from ..records.schema import given_schema
 from ..video.contract import SAMPLING_KEYS
 
 _TEXTS = ("video_sampling", "video_timestamps")
@@ -89,7 +90,13 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--batch-size is {options.batch_size}; it must be at least 1")
     asked = _questions(options)
     names = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
-    decoding = {name: getattr(options, name) for name in names} | {"schema": _schema(options)}
+    schema = given_schema(
+        options.schema,
+        options.schema_from,
+        options.schema_vocabulary,
+        ("--schema", "--schema-from", "--schema-vocabulary"),
+    )
+    decoding = {name: getattr(options, name) for name in names} | {"schema": schema}
     sampling = {key: getattr(options, key) for key in SAMPLING_KEYS if getattr(options, key) is not None}
     written: list[dict[str, Any]] = []
     if options.out is not None:
@@ -122,20 +129,6 @@ def run(options: argparse.Namespace) -> int:
     if failed:
         _say(f"{failed} of {len(asked)} have no answer" + (", or one that is not JSON" if options.json else ""))
     return failed
-
-
-def _schema(options: argparse.Namespace) -> dict[str, Any] | None:
-    if options.schema is not None and options.schema_from is not None:
-        raise ValueError("--schema stands beside --schema-from; give one of them")
-    if options.schema_vocabulary and options.schema_from is None:
-        raise ValueError("--schema-vocabulary needs --schema-from, the records whose answers are the vocabulary")
-    if options.schema is None and options.schema_from is None:
-        return None
-    from ..records.schema import read_schema, schema_of_answers
-
-    if options.schema is not None:
-        return read_schema(options.schema)
-    return schema_of_answers(options.schema_from, options.schema_vocabulary)
 
 
 def _say(text: str) -> None:
