@@ -272,23 +272,6 @@ def test_bare_tools_are_written_as_in_training(processor):
     assert asked[0] == asked[1]
 
 
-def test_rows_of_other_formats_are_trained_as_they_are_asked(processor, clip):
-    """Other formats keep the newline after <video>; chat strips it, and so does our encoding of their rows."""
-    sampling = apply_to_processor("qwen_finetune", KEYS, processor).clips
-    row = {
-        "_prompt": [{"role": "user", "content": "<video>\n为什么"}],
-        "_response": [{"role": "assistant", "content": "<video> 是一个词"}],
-        **{"_system": "", "_tools": "", "_images": None, "_videos": [str(clip)], "_audios": None},
-    }
-    plan = ClipReader(sampling).plan(str(clip)).plan
-    ids, labels = encode_conversation(from_row(row), [plan], processor.tokenizer, processor, sampling)
-    record = {"video": str(clip), "conversations": [{"from": "human", "value": "<video>为什么"}, TURNS[1]]}
-    ours, _, _ = our_inputs(processor, record)
-    length = len(ids) - sum(label != IGNORE_INDEX for label in labels)
-    assert ids[:length] == ours[:length]
-    assert answers(processor, ids, labels) == ["<video> 是一个词<|im_end|>\n"]
-
-
 def test_pads_spelled_out_in_a_text_are_refused(processor):
     pad = processor.video_token_id
     with pytest.raises(TemplateError, match="holds 1 .*video_pad.* but 0 are expected"):

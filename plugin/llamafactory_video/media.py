@@ -114,7 +114,7 @@ class Conversation:
         system: the system prompt, or "".
         tools: JSON text of the tools on offer, or "".
         unlearnt: numbers of the messages that are answers and are not trained on.
-        source: the record that it comes from, for messages; "" for those of other formats than ours.
+        source: the record that it comes from, for messages; "" for what is asked in chat.
         notes: what was read otherwise than it stands, for a person.
     """
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +20,7 @@ from ..video.reader import DecodedClip
 from .core import FORMATTING, is_ours, replace_everywhere
 from .prompt import clip_reader_of
 from .rows import LAYOUT, from_row
+from .stock_rows import check_stock_rows
 
 
 def _record_keys(attr: Any, unknown: str = "warn") -> RecordKeys:
@@ -118,15 +120,10 @@ def extend_data_loader(loader: ModuleType) -> None:
         if dataset_attr.formatting == FORMATTING:
             table = _load_table(loader, load_stock, dataset_attr, model_args, data_args, training_args)
             return _streamed(table, training_args) if data_args.streaming else table
-        try:
-            return load_stock(dataset_attr, model_args, data_args, training_args)
-        except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
-            if not is_ours(data_args.template):
-                raise
-            raise ValueError(
-                f"{dataset_attr} cannot be loaded with formatting {dataset_attr.formatting}; if it holds video "
-                f'conversations, give it "formatting": "{FORMATTING}" in dataset_info.json ({error})'
-            ) from error
+        if is_ours(data_args.template):
+            table = _load_stock_table(loader, load_stock, dataset_attr, model_args, data_args, training_args)
+            return _streamed(table, training_args) if data_args.streaming else table
+        return load_stock(dataset_attr, model_args, data_args, training_args)
 
     def get_dataset(
         template: Any,
@@ -195,14 +192,8 @@ def _load_all(loader: ModuleType, load_stock: Any, model_args: Any, data_args: A
         for name, attr in zip(names or (), loader.get_dataset_list(names, data_args.dataset_dir), strict=True):
             arguments = attr, model_args, data_args, training_args
             try:
-                if attr.formatting != FORMATTING:
-                    if attr.ranking:
-                        raise DatasetError(
-                            f"{name} has chosen and rejected answers (`ranking`), which `stage: sft` cannot train on"
-                        )
-                    loaded[part][name] = loader._load_single_dataset(*arguments)
-                    continue
-                table = loaded[part][name] = _load_table(loader, load_stock, *arguments, name)
+                load = _load_table if attr.formatting == FORMATTING else _load_stock_table
+                table = loaded[part][name] = load(loader, load_stock, *arguments, name)
                 if data_args.streaming:
                     tables.append(table)
                     loaded[part][name] = _streamed(table, training_args)
@@ -232,8 +223,6 @@ def _load_table(
     Raises:
         DatasetError: listing what is wrong with them.
     """
-    import numpy as np
-
     name = name or Path(str(dataset_attr)).stem
     if dataset_attr.ranking:
         raise DatasetError(
@@ -267,6 +256,60 @@ def _load_table(
                 f"objects; download the files and register them with `file_name` ({error.__cause__ or error})"
             ) from error
         table = check_rows(rows, data_args.media_dir, **options)
+    return _chosen(loader, table, dataset_attr, data_args)
+
+
+def _load_stock_table(
+    loader: ModuleType,
+    load_stock: Any,
+    dataset_attr: Any,
+    model_args: Any,
+    data_args: Any,
+    training_args: Any,
+    name: str | None = None,
+) -> datasets.Dataset:
+    """The checked records of a data set of one of LLaMA-Factory's formats, as many as the recipe asks for.
+
+    A stream from a hub is read to its end for that.
+
+    Raises:
+        DatasetError: listing what is wrong with them.
+    """
+    name = name or Path(str(dataset_attr)).stem
+    if dataset_attr.ranking:
+        raise DatasetError(
+            f"{name} has chosen and rejected answers (`ranking`), which `stage: sft` cannot train on; use LLaMA-Factory's "
+            "template qwen3_vl with `stage: dpo`"
+        )
+    everything, whole = copy(dataset_attr), copy(data_args)
+    everything.num_samples = whole.max_samples = None  # so that records keep their numbers
+    whole.streaming = False
+    try:
+        rows = load_stock(everything, model_args, whole, training_args)
+    except (datasets.exceptions.DatasetGenerationError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"its records have no field {error}" if isinstance(error, KeyError) else error.__cause__ or error
+        raise DatasetError(
+            f"{name}: {dataset_attr} cannot be loaded with formatting {dataset_attr.formatting}: {reason}. Name its fields "
+            f'under "columns" in dataset_info.json; or, for video conversations, give it "formatting": "{FORMATTING}"'
+        ) from error
+    file = Path(data_args.dataset_dir, str(dataset_attr)) if dataset_attr.load_from == "file" else Path(name)
+    table = check_stock_rows(
+        rows,
+        dataset_attr,
+        file,
+        data_args.media_dir,
+        skip_wrong=data_args.skip_wrong_records,
+        name=name,
+        report_dir=Path(training_args.output_dir) if training_args.should_log else None,
+        log=loader.logger.warning_rank0,
+    )
+    return _chosen(loader, table, dataset_attr, data_args)
+
+
+def _chosen(loader: ModuleType, table: datasets.Dataset, dataset_attr: Any, data_args: Any) -> datasets.Dataset:
+    """As many records as the recipe asks for."""
+    import numpy as np
+
     count = dataset_attr.num_samples
     if count is not None and not data_args.streaming:
         # As LLaMA-Factory does: all records once, then drawn again at random if more are wanted.

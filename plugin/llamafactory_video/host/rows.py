@@ -4,9 +4,8 @@ from typing import Any
 
 import datasets
 
-from ..media import USER, Conversation, strip_around_placeholders
+from ..media import Conversation
 from ..records.clips import decode_clip
-from ..records.report import DatasetError
 from ..records.table import Layout
 
 FEATURES = datasets.Features(
@@ -41,31 +40,16 @@ def to_row(conversation: Conversation) -> dict[str, Any]:
 
 
 def from_row(row: dict[str, Any]) -> Conversation:
-    """The conversation of a row, ours or of another format.
-
-    Other formats keep the newline after <video>; it is stripped, for the model is trained as it will be asked.
-
-    Raises:
-        DatasetError: if a clip's settings, which a person may have written, are wrong.
-    """
-    source = row.get("_source") or ""
+    """The conversation of a row that `to_row` made."""
     messages = [(message["role"], message["content"]) for message in (*row["_prompt"], *row["_response"])]
-    if not source:
-        messages = [(role, strip_around_placeholders(text) if role == USER else text) for role, text in messages]
-    clips = []
-    for video in row["_videos"] or ():
-        try:
-            clips.append(decode_clip(video) if isinstance(video, str) else video)
-        except ValueError as error:
-            raise DatasetError(f"{source or 'a record'}: {video}: {error}") from error
     return Conversation(
         messages,
         list(row["_images"] or ()),
-        clips,
+        [decode_clip(video) for video in row["_videos"] or ()],
         row["_system"] or "",
         row["_tools"] or "",
-        tuple(row.get("_unlearnt") or ()),
-        source,
+        tuple(row["_unlearnt"] or ()),
+        row["_source"],
     )
 
 
