@@ -158,7 +158,10 @@ def test_the_cache_is_built_once_and_used_by_training(home):
     file, _ = recipe(home, "cached", video_cache_dir=str(folder), max_steps=2)
     result = run("lmf-video", "cache", "build", file, "--jobs", "2")
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "3 clips decoded, 0 were there already, 0 records with a clip that cannot be shown" in result.stdout
+    assert (
+        "3 clips decoded, 0 were there already, 3 pictures read, 0 records with a clip or picture that"
+        in result.stdout
+    )
     assert "Decoding mixed: 100%" in result.stderr
     (first, *_) = entries = sorted(folder.glob("frames/*/*"))
     assert len(entries) == 3
@@ -218,7 +221,8 @@ def test_check_tells_what_training_would_see(home, tmp_path):
 
     (home / "dataset_info.json").write_text(json.dumps({"mixed": {"file_name": "sub/more.json"}}))
     result = run("lmf-video", "check", file)
-    assert result.returncode == 1 and '"formatting": "video_conversation" in dataset_info.json' in result.stderr
+    assert result.returncode == 1 and 'give it "formatting": "video_conversation"' in result.stdout
+    assert "Nothing of mixed can be trained on" in result.stdout and "records in all" not in result.stdout
     result = run("lmf-video", "check", file, "model_name_or_path=output/gone")
     assert result.returncode == 1 and "no folder output/gone" in result.stderr
     file, _ = recipe(home, "nothing", dataset=None, do_train=False)

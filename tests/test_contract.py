@@ -19,7 +19,7 @@ from llamafactory.hparams import get_infer_args, get_train_args
 from llamafactory.model import load_tokenizer
 from llamafactory.train.tuner import export_model, run_exp
 from llamafactory_video.demo.tiny_model import build_processor, save_tiny_model
-from llamafactory_video.host.data import Items
+from llamafactory_video.host.items import Items
 from llamafactory_video.host.recipe import recipe_data
 from llamafactory_video.video.contract import (
     FILE,
@@ -209,7 +209,8 @@ def shown_in_training(home, file, **keys) -> dict:
 
     values = recipe(home, output_dir=str(file.parent / f"{file.stem}-out"), **keys)
     file.write_text(yaml.safe_dump(values))
-    _, parts, encoder = recipe_data(file, [])
+    data = recipe_data(file, [])
+    parts, encoder = data.parts, data.encoder
     item = Items(encoder).item(parts["shown"].table[0])
     data_args = get_train_args(values)[1]
     template = get_template_and_fix_tokenizer(encoder.tokenizer, data_args)

@@ -123,7 +123,7 @@ def home(tmp_path_factory):
         (folder / "output" / name).symlink_to(folder / "tiny")
     turns = [{"from": "human", "value": "问"}, {"from": "gpt", "value": "答"}]
     (folder / "data").mkdir()
-    for name in ("wzry", "wzry_eval"):
+    for name in ("wzry", "wzry_eval", "theirs"):
         (folder / "data" / f"{name}.json").write_text(json.dumps([{"conversations": turns}]), encoding="utf-8")
     clips = folder / "data/wzry/4"
     clips.mkdir(parents=True)
@@ -147,7 +147,7 @@ def test_commands_run_or_are_accepted(home, tmp_path, monkeypatch, words):
     monkeypatch.chdir(home)
     program, *rest = words
     if program == "lmf-video":
-        if rest[:1] in (["check"], ["cache"]) and rest[-1].endswith(".yaml"):
+        if rest[0] in ("check", "cache") and any(word.endswith(".yaml") for word in rest):
             rest += ["model_name_or_path=tiny", f"video_cache_dir={tmp_path}", "deepspeed=null"]
         if rest[0] == "infer":
             rest += ["--max-new-tokens", "4"]

@@ -12,7 +12,7 @@ from llamafactory_video.host.rows import LAYOUT
 from llamafactory_video.media import Clip
 from llamafactory_video.model.processor import apply_to_processor
 from llamafactory_video.prompt.encoder import Encoder
-from llamafactory_video.prompt.lengths import check_lengths
+from llamafactory_video.prompt.lengths import check_samples
 from llamafactory_video.prompt.pixels import vision_inputs
 from llamafactory_video.records.clips import decode_clip
 from llamafactory_video.records.parse import parse_record
@@ -198,12 +198,12 @@ def test_all_records_are_seen_before_training(encoder, clip, tmp_path, workers):
     encoder.cutoff_len = len(encoder.encode(data[0]).ids)
     said = []
     with pytest.raises(DatasetError, match="training: 2 of 90 records cannot be used") as told:
-        check_lengths(data, encoder, "training", workers, tmp_path / "out", said.append)
+        check_samples(data, encoder, "training", workers, tmp_path / "out", said.append)
     assert "record 8 " in str(told.value)
     assert "record 81 " in str(told.value)
     assert len((tmp_path / "out" / "too_long_records_training.txt").read_text(encoding="utf-8").splitlines()) == 2
     encoder.shrink = True
-    check_lengths(data, encoder, "training", workers, tmp_path / "out", said.append)
+    check_samples(data, encoder, "training", workers, tmp_path / "out", said.append)
     assert "clips of 2 of 90 records are made smaller" in said[0]
     report = (tmp_path / "out" / "shrunk_records_training.txt").read_text(encoding="utf-8")
     assert "max_pixels" in report

@@ -103,11 +103,11 @@ def test_broken_files_are_named_with_their_place(folder, name):
 def test_another_encoding_is_named(folder):
     (folder / "data.json").write_bytes(json.dumps([record()], ensure_ascii=False).encode("gbk"))
     with pytest.raises(DatasetError, match="not UTF-8"):
-        load(folder, skip_wrong=True)
+        load(folder, most_wrong=0.5)
     lines = [json.dumps(record(i), ensure_ascii=False).encode("gbk" if i == 5 else "utf-8") for i in range(10)]
     (folder / "lines.jsonl").write_bytes(b"\n".join(lines))
     said = []
-    assert len(load(folder, "lines.jsonl", skip_wrong=True, log=said.append)) == 9
+    assert len(load(folder, "lines.jsonl", most_wrong=0.5, log=said.append)) == 9
     assert "record 6 (line 6): record: not UTF-8" in said[0]
 
 
@@ -121,7 +121,7 @@ def test_one_wrong_record_hides_no_other(folder, wrong):
     for name, text in (("data.json", "[" + ",\n".join(texts) + "]"), ("data.jsonl", "\n".join(texts))):
         (folder / name).write_text(text, encoding="utf-8")
         said = []
-        assert len(load(folder, name, skip_wrong=True, log=said.append)) == 28
+        assert len(load(folder, name, most_wrong=0.5, log=said.append)) == 28
         assert "record 4 (line 4)" in said[0] and "record 21 (line 21)" in said[0]
 
 
@@ -129,7 +129,7 @@ def test_a_file_that_cannot_be_read_to_its_end_is_never_skipped(folder):
     texts = [json.dumps(record(i), ensure_ascii=False) for i in range(5)]
     (folder / "data.json").write_text("[" + ",\n".join(texts) + ', {"a": ', encoding="utf-8")
     with pytest.raises(DatasetError, match="could not be read to its end"):
-        load(folder, skip_wrong=True)
+        load(folder, most_wrong=0.5)
 
 
 def test_a_json_file_of_another_shape_is_one_error(folder):
@@ -209,7 +209,7 @@ def test_wrong_records_stop_or_are_left_out_with_a_report(folder, monkeypatch):
         said = []
         if again:
             monkeypatch.setattr(loader, "read_records", lambda file: pytest.fail("read again"))
-        dataset = load(folder, skip_wrong=True, log=said.append)
+        dataset = load(folder, most_wrong=0.5, log=said.append)
         assert len(dataset) == 8 and "凯3" not in str(answers(dataset))
         assert "2 of 10 records are wrong and left out, 8 remain" in said[0] and "record 4" in said[0]
 

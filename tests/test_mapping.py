@@ -15,9 +15,9 @@ from conftest import examples, write_clip
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from llamafactory_video.tools import cli
-from llamafactory_video.tools import convert as mapping
+from llamafactory_video.tools import map as mapping
 from llamafactory_video.tools.command_line import MappingError
-from llamafactory_video.tools.convert import convert
+from llamafactory_video.tools.map import read_as_recipe
 from llamafactory_video.tools.settings import Mapped, read
 from llamafactory_video.video.sampling import ClipInfo
 from qwen_vl_utils import vision_process
@@ -72,7 +72,7 @@ WORKED = {
 def notes(text: str | dict | list, name: str, **options) -> str:
     """All that is said about a name."""
     text = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)
-    return " | ".join(said for about, said in convert(text, **options)["notes"] if about == name)
+    return " | ".join(said for about, said in read_as_recipe(text, **options)["notes"] if about == name)
 
 
 # --- Against qwen-vl-utils' own code ---------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ def test_variables_show_what_patched_qwen_vl_utils_shows(info, variables):
 
 
 def test_the_worked_example():
-    told = convert(json.dumps(WORKED, ensure_ascii=False))
+    told = read_as_recipe(json.dumps(WORKED, ensure_ascii=False))
     assert told["result"] == {
         "video_sampling": "qwen_vl_utils",
         "video_fps": 2,
@@ -210,16 +210,16 @@ def test_the_worked_example():
 
 def test_the_official_command_is_the_recipe():
     recipe = yaml.safe_load((ROOT / "recipes" / "wzry_full.yaml").read_text(encoding="utf-8"))
-    result = convert(OFFICIAL)["result"]
+    result = read_as_recipe(OFFICIAL)["result"]
     assert result == {key: recipe[key] for key in result}
     assert recipe.keys() - result.keys() == {"dataset_dir", "media_dir", "plot_loss", "video_cache", "video_fit"}
     assert list(result)[:3] == ["model_name_or_path", "template", "dataset"]
     # What is printed is read back as it is.
-    assert yaml.safe_load(mapping.result_text(convert(OFFICIAL))) == result
+    assert yaml.safe_load(mapping.result_text(read_as_recipe(OFFICIAL))) == result
 
 
 def test_lora():
-    told = convert(
+    told = read_as_recipe(
         "torchrun train_qwen.py --model_name_or_path m --lora_enable True --lora_r 32 --tune_mm_vision True"
     )
     expected = {"finetuning_type": "lora", "lora_rank": 32, "lora_alpha": 128, "lora_dropout": 0.05}
@@ -231,18 +231,20 @@ def test_lora():
 
 
 def test_what_a_whole_command_leaves_out_is_the_official_default():
-    result = convert("python qwenvl/train/train_qwen.py --model_name_or_path m --tune_mm_llm True")["result"]
+    result = read_as_recipe("python qwenvl/train/train_qwen.py --model_name_or_path m --tune_mm_llm True")["result"]
     expected = {"video_max_frames": 8, "cutoff_len": 512, "freeze_vision_tower": True, "freeze_language_model": False}
     assert result.items() >= {**expected, "disable_gradient_checkpointing": True, "image_max_pixels": 451584}.items()
-    assert convert("--video_fps 4")["result"] == {"video_sampling": "qwen_finetune", "video_fps": 4}
+    assert read_as_recipe("--video_fps 4")["result"] == {"video_sampling": "qwen_finetune", "video_fps": 4}
     assert "video_max_frames 8" in notes("--video_fps 4", "flags that are not given")
 
 
 def test_shell_ways():
     array = 'ARGS=(\n  --video_fps 4\n  --dataset_use "a b")\nARGS+=(--lora_r 8)\npython train_qwen.py "${ARGS[@]}"'
-    result = convert(array)["result"]
+    result = read_as_recipe(array)["result"]
     assert (result["video_fps"], result["dataset"], result["lora_rank"]) == (4, "a b", 8)
-    result = convert("--max_pixels $((576*28*28)) --min_pixels 16\\*28\\*28 \\  # a remark, isn't it\n --bf16 false")
+    result = read_as_recipe(
+        "--max_pixels $((576*28*28)) --min_pixels 16\\*28\\*28 \\  # a remark, isn't it\n --bf16 false"
+    )
     assert result["result"].items() >= {"image_max_pixels": 451584, "image_min_pixels": 12544, "bf16": False}.items()
     assert "not set in the text" in notes("--output_dir $HOME/x --video_fps 4", "output_dir")
 
@@ -293,10 +295,10 @@ def test_a_trap_is_named(source, name, said):
 
 
 def test_what_cannot_be_shown_is_said_and_mapped_all_the_same():
-    told = convert("--video_fps 2", info=ClipInfo(10, 5.0, 2.0, 30, 640))
+    told = read_as_recipe("--video_fps 2", info=ClipInfo(10, 5.0, 2.0, 30, 640))
     assert told["result"]["video_fps"] == 2 and told["example"] == []
     assert "at least 32 on each side" in dict(told["notes"])["example clip"]
-    told = convert(json.dumps(VIDEO), info=ClipInfo(10, 5.0, 2.0, 32, 6500))
+    told = read_as_recipe(json.dumps(VIDEO), info=ClipInfo(10, 5.0, 2.0, 32, 6500))
     assert "at most 200 times" in dict(told["notes"])["example clip"]
 
 
@@ -304,7 +306,7 @@ def test_clips_with_settings_of_their_own():
     second = {"video": ["a.png", "b.png"], "sample_fps": 4, "raw_fps": 30, "max_pixels": 200000}
     items = [{**VIDEO, "max_pixels": 200000, "nframes": 8, "video_start": 1, "video_end": 9.5}, second]
     items += [{"type": "image", "image": "a.png", "max_pixels": 4096}, {"type": "text", "text": "?"}]
-    told = convert(json.dumps([{"role": "user", "content": items}]))
+    told = read_as_recipe(json.dumps([{"role": "user", "content": items}]))
     assert told["result"] == {"video_sampling": "qwen_vl_utils", "video_max_pixels": 200000, "image_max_pixels": 4096}
     assert told["clips"] == [
         {"path": "clip.mp4", "nframes": 8, "start": 1, "end": 9.5},
@@ -315,9 +317,9 @@ def test_clips_with_settings_of_their_own():
 
 
 def test_pixels_of_ms_swift_become_whole_tokens():
-    keys = convert("MAX_PIXELS=602112 VIDEO_MAX_PIXELS=200704 FPS_MAX_FRAMES=16 swift sft --model m")["result"]
+    keys = read_as_recipe("MAX_PIXELS=602112 VIDEO_MAX_PIXELS=200704 FPS_MAX_FRAMES=16 swift sft --model m")["result"]
     assert keys.items() >= {"image_max_pixels": 588 * 1024, "video_max_pixels": 196 * 1024}.items()
-    by_flag = convert("swift sft --model_kwargs '{\"fps_max_frames\": 12}'")
+    by_flag = read_as_recipe("swift sft --model_kwargs '{\"fps_max_frames\": 12}'")
     assert by_flag["result"] == {"video_sampling": "qwen_vl_utils", "video_max_frames": 12}
 
 
@@ -341,7 +343,7 @@ def test_pixels_of_ms_swift_become_whole_tokens():
 )  # fmt: skip
 def test_what_cannot_be_read_is_explained(text, message):
     with pytest.raises(MappingError, match=message):
-        convert(text if isinstance(text, str) else json.dumps(text))
+        read_as_recipe(text if isinstance(text, str) else json.dumps(text))
 
 
 # --- The command as a person runs it ---------------------------------------------------------------------------------
@@ -365,7 +367,7 @@ def test_from_a_file_in_a_process_of_its_own(tmp_path):
     command = [str(Path(sys.executable).parent / "lmf-video"), "map", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert yaml.safe_load(done.stdout) == convert(OFFICIAL)["result"]  # all else is comments
+    assert yaml.safe_load(done.stdout) == read_as_recipe(OFFICIAL)["result"]  # all else is comments
     assert "# Example clip, 15 s at 60 frames/s, 1280 x 720:" in done.stdout
 
 

@@ -138,7 +138,8 @@ def test_frames_clips_with_settings_and_our_own_records_go_together(keys, folder
         own=({"formatting": "video_conversation"}, [own]),
         **{name: (how, records) for name, how, records in formats},
     )
-    wrong, parts, encoder = recipe_data(*recipe(keys, tmp_path, dataset="frames,part,own"))
+    data = recipe_data(*recipe(keys, tmp_path, dataset="frames,part,own"))
+    wrong, parts, encoder = data.wrong, data.parts, data.encoder
     conversations = [part[0] for part in parts.values()]
     assert not wrong and [len(clip.frames) for (clip,) in (c.videos for c in conversations)] == [4, 0, 0]
     assert conversations[1].videos[0].start == 1.0
@@ -181,7 +182,7 @@ def test_wrong_records_are_listed_before_training(keys, tmp_path, good, wrong, m
     assert "mine.json, record 3: " in str(error.value) and message in str(error.value)
     assert check(*recipe(keys, tmp_path, dataset="mine")) == 1
     assert message in capsys.readouterr().out
-    rows, _ = load(keys, dataset="mine", skip_wrong_records=True)
+    rows, _ = load(keys, dataset="mine", skip_wrong_records=True, skip_wrong_share=0.25)
     assert len(rows) == 3
 
 
@@ -222,7 +223,8 @@ def test_pictures_inside_a_hubs_table(keys, folder, tmp_path):
     hub.to_parquet(tmp_path / "hub/train.parquet")
     how = {**SHAREGPT, "columns": {"messages": "messages", "images": "images"}}
     (tmp_path / "dataset_info.json").write_text(json.dumps({"hub": {"hf_hub_url": str(tmp_path / "hub"), **how}}))
-    _, parts, encoder = recipe_data(*recipe(keys, tmp_path, dataset="hub"))
+    data = recipe_data(*recipe(keys, tmp_path, dataset="hub"))
+    parts, encoder = data.parts, data.encoder
     conversations = list(parts["hub"])
     assert [c.messages[0][1] for c in conversations] == ["<image>问0", "<image>问2", "<image>问3"]
     shown = [c.images[0].tobytes() for c in conversations]

@@ -30,7 +30,8 @@ def module(name: str) -> str:
 
 def plain_loop(model: torch.nn.Module, keys: dict, folder: Path) -> list[dict[str, float]]:
     """Train `model` on the data set in order; what the trainer logs, by step."""
-    _, parts, encoder = recipe_data(write_recipe(keys, folder), [])
+    data = recipe_data(write_recipe(keys, folder), [])
+    parts, encoder = data.parts, data.encoder
     rates = {"language": 2e-3, "projector": 4e-3, "vision": 2e-4}
     groups = {}
     for name, weight in model.named_parameters():
@@ -143,7 +144,8 @@ def test_evaluation_tells_the_mean_over_tokens_however_it_is_batched(keys, folde
     run_exp({**keys, "output_dir": str(tmp_path), **overrides})
     found = json.loads((tmp_path / "eval_results.json").read_text())["eval_loss"]
     model = AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=torch.float32).eval()
-    _, parts, encoder = recipe_data(write_recipe({**keys, "dataset": "clips"}, tmp_path), [])
+    data = recipe_data(write_recipe({**keys, "dataset": "clips"}, tmp_path), [])
+    parts, encoder = data.parts, data.encoder
     total = tokens = 0
     for row in parts["clips"]:
         sample, clips = encoder.load(row)
@@ -160,7 +162,8 @@ def test_evaluation_tells_the_mean_over_tokens_however_it_is_batched(keys, folde
 
 
 def test_images_and_clips_go_through_the_vision_tower_together(keys, folder):
-    _, parts, encoder = recipe_data(write_recipe(keys, folder), [])
+    data = recipe_data(write_recipe(keys, folder), [])
+    parts, encoder = data.parts, data.encoder
     sample, clips = encoder.load(parts["mixed"][2])
     ids = torch.tensor([sample.ids])
     inputs = {"input_ids": ids, "mm_token_type_ids": token_type_ids(ids, encoder.processor)}

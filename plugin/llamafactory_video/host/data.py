@@ -1,6 +1,5 @@
 """Data sets of the format `video_conversation` in LLaMA-Factory's loading."""
 
-import functools
 import json
 from copy import copy
 from dataclasses import dataclass
@@ -9,16 +8,16 @@ from types import ModuleType
 from typing import Any
 
 import datasets
+import torch
 
-from ..media import ASSISTANT, FUNCTION, ROLES, SYSTEM, TOOL, USER, Conversation
-from ..prompt.encoder import Encoder, Sample
-from ..prompt.lengths import check_lengths
+from ..media import ASSISTANT, FUNCTION, ROLES, SYSTEM, TOOL, USER
+from ..prompt.left_out import LeftOut
+from ..prompt.lengths import check_samples, left_out_file
 from ..records.clips import RecordKeys
 from ..records.report import DatasetError
 from ..records.table import Records, check_rows, load_conversations
-from ..video.reader import DecodedClip
 from .core import FORMATTING, is_ours, replace_everywhere
-from .prompt import clip_reader_of
+from .items import Items, make_encoder
 from .rows import LAYOUT, from_row
 from .stock_rows import check_stock_rows
 
@@ -45,59 +44,6 @@ def _record_keys(attr: Any, unknown: str = "warn") -> RecordKeys:
         roles=tuple({**ROLES, **{tag: role for tag, role in tags.items() if tag}}.items()),
         unknown=unknown,
     )
-
-
-def make_encoder(template: Any, tokenizer: Any, processor: Any, data_args: Any, generation: bool = False) -> Encoder:
-    """The encoder that a recipe asks for."""
-    return Encoder(
-        tokenizer,
-        processor,
-        clip_reader_of(processor),
-        cutoff_len=data_args.cutoff_len,
-        shrink=data_args.video_fit == "shrink",
-        thinking=template.thinking,
-        default_system=template.default_system,
-        generation=generation,
-        train_on_prompt=data_args.train_on_prompt,
-        last_turn_only=data_args.mask_history,
-    )
-
-
-class Items:
-    """Rows of a data set -> items as LLaMA-Factory's collator takes them, made when a row is asked for."""
-
-    def __init__(self, encoder: Encoder) -> None:
-        self.encoder = encoder
-
-    def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        """A batch of columns -> a batch of columns, as `Dataset.with_transform` wants it."""
-        names = list(rows)
-        items = [self.item(dict(zip(names, values, strict=True))) for values in zip(*rows.values(), strict=True)]
-        return {name: [item[name] for item in items] for name in items[0]}
-
-    def item(self, row: dict[str, Any]) -> dict[str, Any]:
-        """One row: its sample, and under `load` a function that decodes its clips too.
-
-        The collator calls it, so what asks for lengths alone decodes nothing.
-        """
-        conversation = from_row(row)
-        sample = self.encoder.encode(conversation)
-        return {**_item(sample, None), "load": functools.partial(self.load, conversation, sample)}
-
-    def load(self, conversation: Conversation, sample: Sample) -> dict[str, Any]:
-        """A sample with its decoded clips."""
-        return _item(*self.encoder.load(conversation, sample))
-
-
-def _item(sample: Sample, clips: list[DecodedClip] | None) -> dict[str, Any]:
-    return {
-        "input_ids": sample.ids,
-        "attention_mask": [1] * len(sample.ids),
-        "labels": sample.labels,
-        "images": sample.images or None,
-        "videos": clips or None,
-        "audios": None,
-    }
 
 
 def extend_converter(converter: ModuleType) -> None:
@@ -140,10 +86,30 @@ def extend_data_loader(loader: ModuleType) -> None:
         arguments = model_args, data_args, training_args
         with training_args.main_process_first(desc="load dataset", local=local):
             train, evaluation, streamed = _load_all(loader, load_stock, *arguments)
+        parts: dict[str, Any] = {}
+        for split in loader.split_dataset(train, evaluation, data_args, seed=training_args.seed):
+            parts |= split
+        lists: dict[str, LeftOut] = {}
+        for name, part in parts.items():
+            # A stream is checked once, as the tables that it is made of.
+            records = (streamed if name == next(iter(parts)) else None) if data_args.streaming else part
+            kind, folder = "training" if name == "train" else "evaluation", Path(training_args.output_dir)
+            generation = training_args.predict_with_generate and name != "train"
+            if records is None:
+                continue
+            numbers = None
+            if training_args.process_index == 0:
+                encoder = make_encoder(template, tokenizer, processor, data_args, generation)
+                # What is read whole before it is used, or cannot be replaced, is looked at whole.
+                decoding = data_args.most_wrong > 0 and (data_args.packing or generation)
+                workers, log = data_args.preprocessing_num_workers, loader.logger.warning_rank0
+                checked = Records(records, LAYOUT)
+                numbers = check_samples(checked, encoder, kind, workers, folder, log, data_args.most_wrong, decoding)
+            if data_args.most_wrong:
+                numbers = _of_first(numbers, training_args)
+                lists[name] = LeftOut(left_out_file(folder, kind), len(records), data_args.most_wrong)
+                parts = _without(parts, name, records, numbers, data_args.streaming)
         with training_args.main_process_first(desc="pre-process dataset", local=local):
-            parts = {}
-            for part in loader.split_dataset(train, evaluation, data_args, seed=training_args.seed):
-                parts |= part
             for name, part in parts.items():
                 is_eval = name != "train"
                 generation = training_args.predict_with_generate and is_eval
@@ -151,19 +117,13 @@ def extend_data_loader(loader: ModuleType) -> None:
                 first = next(iter(part), None)
                 if first is None:
                     raise ValueError("the data set is empty; check max_samples and val_size")
-                if training_args.process_index == 0:
-                    records = part if not data_args.streaming else streamed
-                    kind, folder = "evaluation" if is_eval else "training", Path(training_args.output_dir)
-                    workers, log = data_args.preprocessing_num_workers, loader.logger.warning_rank0
-                    if records is not None:
-                        check_lengths(Records(records, LAYOUT), encoder, kind, workers, folder, log)
-                streamed = None  # all of it was checked
                 if data_args.packing and not is_eval:
                     parts[name] = loader._get_preprocessed_dataset(
                         part, data_args, training_args, stage, template, tokenizer, processor, is_eval
                     )
                     continue
-                items = Items(encoder)
+                left_out = lists.get("train" if data_args.streaming else name)
+                items = Items(encoder, None if generation else left_out)
                 if data_args.streaming:
                     parts[name] = part.map(items.item, remove_columns=list(first))
                     # Each process reads its own batches. Accelerate's other way, one process reading for all, cuts
@@ -178,6 +138,28 @@ def extend_data_loader(loader: ModuleType) -> None:
 
     replace_everywhere(loader, "_load_single_dataset", _load_single_dataset)
     replace_everywhere(loader, "get_dataset", get_dataset)
+
+
+def _of_first(value: Any, training_args: Any) -> Any:
+    """What the first process has, on all."""
+    if training_args.world_size > 1:
+        box = [value]
+        torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]
+    return value
+
+
+def _without(
+    parts: dict[str, Any], name: str, records: datasets.Dataset, numbers: list[int], streaming: bool
+) -> dict[str, Any]:
+    """The parts without the records of these numbers, which are those of part `name`, or of the tables of all streams."""
+    if not numbers:
+        return parts
+    gone = set(numbers)
+    if not streaming:
+        return {**parts, name: parts[name].select([i for i in range(len(records)) if i not in gone])}
+    sources = set(records.select(numbers)["_source"])
+    return {each: part.filter(lambda row: row["_source"] not in sources) for each, part in parts.items()}
 
 
 def _load_all(loader: ModuleType, load_stock: Any, model_args: Any, data_args: Any, training_args: Any) -> tuple:
@@ -233,7 +215,7 @@ def _load_table(
         "layout": LAYOUT,
         "keys": _record_keys(dataset_attr, data_args.unknown_fields),
         "indent": data_args.answer_json_indent,
-        "skip_wrong": data_args.skip_wrong_records,
+        "most_wrong": data_args.most_wrong,
         "name": name,
         "report_dir": Path(training_args.output_dir) if training_args.should_log else None,
         "log": loader.logger.warning_rank0,
@@ -298,7 +280,7 @@ def _load_stock_table(
         dataset_attr,
         file,
         data_args.media_dir,
-        skip_wrong=data_args.skip_wrong_records,
+        most_wrong=data_args.most_wrong,
         name=name,
         report_dir=Path(training_args.output_dir) if training_args.should_log else None,
         log=loader.logger.warning_rank0,
@@ -324,32 +306,3 @@ def _chosen(loader: ModuleType, table: datasets.Dataset, dataset_attr: Any, data
 
 def _streamed(table: datasets.Dataset, training_args: Any) -> datasets.IterableDataset:
     return table.to_iterable_dataset(num_shards=min(len(table), max(1, training_args.dataloader_num_workers)))
-
-
-def extend_packing(supervised: ModuleType) -> None:
-    """`neat_packing` packs what our own encoding makes; a record over the cutoff is an error, not cut."""
-    stock = supervised.PackedSupervisedDatasetProcessor
-
-    @dataclass
-    class PackedSupervisedDatasetProcessor(stock):
-        def preprocess_dataset(self, examples: dict[str, list[Any]]) -> dict[str, list[Any]]:
-            if is_ours(self.template):
-                encoder = make_encoder(self.template, self.tokenizer, self.processor, self.data_args)
-                rows = [dict(zip(examples, values, strict=True)) for values in zip(*examples.values(), strict=True)]
-                samples = [encoder.encode(from_row(row)) for row in rows]
-                self.samples = iter(samples)
-                # The stock method drops conversations whose turns do not alternate, such as two results of tools.
-                examples = {**examples, "_prompt": [[{}]] * len(rows), "_response": [[{}]] * len(rows)}
-                # As small as they were planned; the digest tells when pixels are read whether the plan is still the same.
-                examples["_videos"] = [
-                    [clip.clip.encode(clip.plan.digest) for clip in sample.clips] or None for sample in samples
-                ]
-            return super().preprocess_dataset(examples)
-
-        def _encode_data_example(self, prompt, response, system, tools, images, videos, audios):
-            if not is_ours(self.template):
-                return super()._encode_data_example(prompt, response, system, tools, images, videos, audios)
-            sample = next(self.samples)
-            return sample.ids, sample.labels
-
-    replace_everywhere(supervised, "PackedSupervisedDatasetProcessor", PackedSupervisedDatasetProcessor)

@@ -14,7 +14,7 @@ from ..records.question import TO_COME
 from ..records.schema import given_schema
 from ..video.reader import as_clip
 from .core import is_ours, replace_everywhere
-from .data import make_encoder
+from .items import make_encoder
 from .keys import listed
 from .prompt import check_placeholders
 

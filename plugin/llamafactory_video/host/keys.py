@@ -11,7 +11,7 @@ from ..video.dialects import LLAMAFACTORY_DEFAULTS
 
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 _ABOVE_0 = ("video_timeout", "video_cache_gb", "video_remote_gb", "api_max_upload_mb", "api_max_visual_tokens")
-_AT_LEAST_0 = ("answer_json_indent", "vision_tower_lr", "mm_projector_lr")
+_AT_LEAST_0 = ("skip_wrong_share", "answer_json_indent", "vision_tower_lr", "mm_projector_lr")
 
 
 def listed(text: str | None) -> list[str]:
@@ -184,7 +184,16 @@ class VideoDataKeys:
 
     skip_wrong_records: bool = field(
         default=False,
-        metadata={"help": "Skip wrong records of `video_conversation` data sets; a report lists them."},
+        metadata={
+            "help": "Leave out records that are wrong or too long, and those whose clips or pictures cannot be shown; "
+            "a report lists them."
+        },
+    )
+    skip_wrong_share: float = field(
+        default=0.1,
+        metadata={
+            "help": "The greatest share of a data set that `skip_wrong_records` leaves out; with more, the run stops."
+        },
     )
     unknown_fields: Literal["warn", "error", "ignore"] = field(
         default="warn",
@@ -205,6 +214,11 @@ class VideoDataKeys:
         default=None,
         metadata={"help": "Spaces of indentation for answers that are JSON values; one line if not given."},
     )
+
+    @property
+    def most_wrong(self) -> float:
+        """The greatest share of a data set that may be left out."""
+        return self.skip_wrong_share if self.skip_wrong_records else 0.0
 
 
 @dataclass

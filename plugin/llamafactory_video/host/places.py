@@ -67,7 +67,7 @@ TABLE: dict[str, tuple[dict[str, str], str | None]] = {
             "PackedSupervisedDatasetProcessor.preprocess_dataset": "examples",
             "SupervisedDatasetProcessor._encode_data_example": "prompt response system tools images videos audios",
         },
-        "data.extend_packing",
+        "items.extend_packing",
     ),
     "llamafactory.data.collator": (
         {"SFTDataCollatorWith4DAttentionMask.__call__": "features"},

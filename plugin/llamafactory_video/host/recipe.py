@@ -1,11 +1,11 @@
 """A recipe: the data that it names, and the keys that it gave."""
 
-import contextlib
 import dataclasses
 import re
 import sys
 from collections.abc import Sequence
 from copy import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,36 @@ from ..records.report import DatasetError
 from ..records.table import Records
 from ..train.run_record import plain, without_secrets
 from .core import TEMPLATE, is_ours
-from .data import make_encoder
+from .items import make_encoder
 from .rows import LAYOUT
 
 
-def recipe_data(recipe: Path, overrides: list[str]) -> tuple[int, dict[str, Records], Encoder]:
+@dataclass(frozen=True)
+class RecipeData:
     """The data sets that a training recipe names, without its model's weights.
+
+    Attributes:
+        parts: their records by data set, but for those that are wrong.
+        wrong: how many these are.
+        unread: data sets of which nothing could be read.
+        encoder: of the records.
+        most_wrong: the greatest share of a data set that training may leave out.
+        files: the annotation file or folder of each data set that has one here.
+    """
+
+    parts: dict[str, Records]
+    wrong: int
+    unread: list[str]
+    encoder: Encoder
+    most_wrong: float
+    files: dict[str, Path]
+
+
+def recipe_data(recipe: Path, overrides: list[str]) -> RecipeData:
+    """What a recipe trains on; wrong records are printed.
 
     Args:
         overrides: `key=value`, as for `llamafactory-cli`.
-
-    Returns:
-        How many records are wrong, the others by data set, and their encoder.
     """
     from llamafactory.data import get_template_and_fix_tokenizer
     from llamafactory.data.loader import _load_single_dataset
@@ -43,18 +61,23 @@ def recipe_data(recipe: Path, overrides: list[str]) -> tuple[int, dict[str, Reco
     module = load_tokenizer(model_args)
     template = get_template_and_fix_tokenizer(module["tokenizer"], data_args)
     names = [*(data_args.dataset or ()), *(data_args.eval_dataset or ())]
-    parts, wrong = {}, 0
+    parts, wrong, unread, files = {}, 0, [], {}
     for name, attr in zip(names, get_dataset_list(names, data_args.dataset_dir), strict=True):
+        if attr.load_from == "file":
+            files[name] = Path(data_args.dataset_dir, attr.dataset_name)
         try:
             parts[name] = Records(_load_single_dataset(attr, model_args, data_args, training_args), LAYOUT)
         except DatasetError as error:
             wrong += error.wrong
             print(error)
-            with contextlib.suppress(DatasetError):  # the clips of the other records are to be checked all the same
-                left = copy(data_args)
-                left.skip_wrong_records = True
+            left = copy(data_args)
+            left.skip_wrong_records, left.skip_wrong_share = True, 1.0
+            try:  # the clips of the other records are to be checked all the same
                 parts[name] = Records(_load_single_dataset(attr, model_args, left, training_args), LAYOUT)
-    return wrong, parts, make_encoder(template, module["tokenizer"], module["processor"], data_args)
+            except DatasetError:
+                unread.append(name)
+    encoder = make_encoder(template, module["tokenizer"], module["processor"], data_args)
+    return RecipeData(parts, wrong, unread, encoder, data_args.most_wrong, files)
 
 
 # Made by a run for itself; what is known of them is in `history`, and where a run is started again in its command.

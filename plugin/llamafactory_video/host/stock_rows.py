@@ -39,7 +39,7 @@ def check_stock_rows(
     attr: Any,
     path: Path,
     media_dir: str,
-    skip_wrong: bool,
+    most_wrong: float,
     name: str,
     report_dir: Path | None,
     log: Callable[[str], None],
@@ -55,7 +55,7 @@ def check_stock_rows(
         name: of the data set; names the report.
 
     Raises:
-        DatasetError: listing every record that is wrong in another way, unless `skip_wrong`.
+        DatasetError: listing every record that is wrong in another way, unless they are left out.
     """
     keys, find = _keys(attr), _Finder(media_dir)
     pictures = _pictures_inside(rows)
@@ -75,7 +75,7 @@ def check_stock_rows(
             wrong.note(record, conversation.notes)
             kept.append(number)
             good.append(to_row(replace(conversation, source=record.location)))
-    report_wrong(wrong, path, len(rows), skip_wrong, name, report_dir, log)
+    report_wrong(wrong, path, len(rows), most_wrong, name, report_dir, log)
     if not good:
         raise DatasetError(f"{path}: all of its {len(rows)} records are left out, so nothing is left to train on")
     table = datasets.Dataset.from_list(good, features=FEATURES)

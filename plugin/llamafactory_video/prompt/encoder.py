@@ -11,6 +11,7 @@ from ..families import QWEN3_VL
 from ..media import ASSISTANT, FUNCTION, Clip, Conversation
 from ..records.report import DatasetError
 from ..video.fit import SHRINK_STAGES, most_tokens, shrink
+from ..video.pictures import open_picture
 from ..video.probe import ClipError
 from ..video.reader import ATTEMPTS, ClipReader, DecodedClip, OutdatedPlan, PlannedClip, as_clip
 from ..video.sampling import FramePlan, Sampling, SamplingError
@@ -100,7 +101,8 @@ class Encoder:
     last_turn_only: bool = False
 
     def load(self, conversation: Conversation, sample: Sample | None = None) -> tuple[Sample, list[DecodedClip]]:
-        """A sample and the frames of its clips, which agree: where a file yields other frames than planned, both are anew.
+        """A sample with its pictures opened, and the frames of its clips, which agree with it: where a file yields other
+        frames than planned, both are anew.
 
         Args:
             sample: what `encode` made of the conversation, if it has.
@@ -111,7 +113,8 @@ class Encoder:
         for _ in range(ATTEMPTS):
             sample = sample or self.encode(conversation)
             try:
-                return sample, [self.reader.decode(clip) for clip in sample.clips]
+                pictures = [open_picture(image) for image in sample.images]
+                return replace(sample, images=pictures), [self.reader.decode(clip) for clip in sample.clips]
             except OutdatedPlan:
                 sample = None
             except ClipError as error:
@@ -160,6 +163,11 @@ class Encoder:
                     f"{conversation.name}: its last answer has `loss: false`; mask_history trains on no other"
                 )
         return Sample(ids, labels, list(conversation.images), planned, change)
+
+    def nothing(self) -> Sample:
+        """In place of a sample that cannot be shown: a text from which nothing is learnt."""
+        ids = self.tokenizer("(left out)", add_special_tokens=False)["input_ids"]
+        return Sample(ids, [IGNORE_INDEX] * len(ids), [], [])
 
     def visual_tokens(self, ids: list[int]) -> int:
         """How many of the tokens are visual."""

@@ -16,11 +16,13 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from ..media import Conversation
-from ..records.report import DatasetError, WrongRecords
+from ..records.report import DatasetError, WrongRecords, advice_on_wrong, may_be_left_out
 from ..records.table import Records
+from ..video.pictures import open_picture
 from ..video.probe import ClipError
 from ..video.threads import usable_cores
 from .encoder import Encoder
+from .left_out import LeftOut
 
 Result = TypeVar("Result")
 _PART = 5000  # records handed out at a time
@@ -39,10 +41,11 @@ class Measured:
 
 @dataclass(frozen=True)
 class Stored:
-    """How many of a record's clips were decoded into the cache, and were there; what is wrong with it, or lost."""
+    """How many of a record's clips were decoded into the cache, and were there; its pictures; what is wrong, or lost."""
 
     decoded: int = 0
     found: int = 0
+    pictures: int = 0
     problem: str = ""
     notes: tuple[str, ...] = ()
 
@@ -57,12 +60,14 @@ def _measure(encoder: Encoder, conversation: Conversation) -> Measured:
 
 def _store(encoder: Encoder, conversation: Conversation) -> Stored:
     try:
-        clips = encoder.encode(conversation).clips
-        decoded = [encoder.reader.store(clip) for clip in clips]
+        sample = encoder.encode(conversation)
+        clips, decoded = sample.clips, [encoder.reader.store(clip) for clip in sample.clips]
+        for picture in sample.images:
+            open_picture(picture)
         notes = [
             f"{conversation.name}: {clip.clip}: {note}" for clip in clips if (note := encoder.reader.note(clip.clip))
         ]
-        return Stored(sum(decoded), len(decoded) - sum(decoded), notes=tuple(notes))
+        return Stored(sum(decoded), len(decoded) - sum(decoded), len(sample.images), notes=tuple(notes))
     except ClipError as error:
         return Stored(problem=f"{conversation.name}: {error}")
     except DatasetError as error:
@@ -133,58 +138,95 @@ def measure_all(records: Records, encoder: Encoder, numbers: Sequence[int], work
 
 
 def store_all(records: Records, encoder: Encoder, workers: int | None, title: str) -> Iterator[Stored]:
-    """Decode all clips of a data set into the reader's cache.
+    """Decode all clips of a data set into the reader's cache, and its pictures to see that they can be.
 
     Args:
         workers: processes, each of which decodes with one thread; None: as many as there are cores.
         title: of the progress bar.
     """
-    encoder.reader.threads = 1
-    return _for_all(_store, encoder, records, range(len(records)), workers, title)
+    threads, encoder.reader.threads = encoder.reader.threads, 1
+    try:
+        yield from _for_all(_store, encoder, records, range(len(records)), workers, title)
+    finally:
+        encoder.reader.threads = threads
 
 
-def check_lengths(
+def check_samples(
     records: Records,
     encoder: Encoder,
     name: str,
     workers: int | None,
     report_dir: Path,
     log: Callable[[str], None],
-) -> None:
+    most_wrong: float = 0.0,
+    decoding: bool = False,
+) -> list[int]:
     """See before training that every record fits the cutoff, or which clips are made smaller for it.
 
-    A record whose clips cannot make it too long, whatever they hold, is not measured, and its clips are not probed.
+    A record whose clips cannot make it too long, whatever they hold, is not measured, and its clips are not probed; unless
+    records may be left out: then all are.
 
     Args:
-        name: of the data set; names the report.
+        name: of the data set; names the reports.
         workers: processes; None: as many as there are cores.
-        report_dir: where the list of records is written when there are any.
+        report_dir: where the lists of records are written when there are any.
         log: takes a line for the person who runs this.
+        most_wrong: the greatest share of the records that may be left out.
+        decoding: find clips and pictures too that are damaged behind a good header, by decoding them into the cache.
+
+    Returns:
+        Numbers of the records to leave out.
 
     Raises:
-        DatasetError: listing every record that does not fit, or whose clips cannot be planned.
+        DatasetError: listing every record that does not fit, or whose clips cannot be planned, if not all may be left out.
     """
-    numbers = _long_records(records, encoder)
+    numbers = range(len(records)) if most_wrong else _long_records(records, encoder)
     found = list(measure_all(records, encoder, numbers, workers)) if numbers else []
-    problems = [measured.problem for measured in found if measured.problem]
+    problems = {number: told.problem for number, told in zip(numbers, found, strict=True) if told.problem}
     changes = [measured.change for measured in found if measured.change]
-    for lines, kind in ((changes, "shrunk"), (problems, "too_long")):
-        report = report_dir / f"{kind}_records_{name}.txt"
-        if not lines:
-            report.unlink(missing_ok=True)
-            continue
-        report_dir.mkdir(parents=True, exist_ok=True)
-        report.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        text = WrongRecords(len(lines), lines).text(report)
-        if kind == "shrunk":
-            log(f"{name}: clips of {len(lines)} of {len(records)} records are made smaller to fit the cutoff:\n{text}")
-            continue
-        advice = "With `video_fit: shrink`, clips of records over the cutoff are made smaller."
+    if decoding:
+        good = [number for number in range(len(records)) if number not in problems]
+        stored = store_all(records.select(good), encoder, workers, f"Decoding {name}")
+        problems |= {number: told.problem for number, told in zip(good, stored, strict=True) if told.problem}
+    shrunk, too_long = (report_dir / f"{kind}_records_{name}.txt" for kind in ("shrunk", "too_long"))
+    if _report(shrunk, changes):
+        log(
+            f"{name}: clips of {len(changes)} of {len(records)} records are made smaller to fit the cutoff:\n"
+            f"{WrongRecords(len(changes), changes).text(shrunk)}"
+        )
+    lines = list(problems.values())
+    left_out = LeftOut(left_out_file(report_dir, name), len(records), most_wrong)
+    if may_be_left_out(len(lines), len(records), most_wrong):
+        left_out.begin(lines)
+        _report(too_long, [])
+        if lines:
+            text = WrongRecords(len(lines), lines).text(left_out.file)
+            log(f"{name}: {len(lines)} of {len(records)} records cannot be used and are left out:\n{text}")
+        return list(problems)
+    left_out.begin([])
+    if _report(too_long, lines):
+        shrinkable = any("are more than cutoff_len" in line for line in lines)
+        advice = "\nWith `video_fit: shrink`, clips of records over the cutoff are made smaller." if shrinkable else ""
         raise DatasetError(
-            f"{name}: {len(lines)} of {len(records)} records cannot be used:\n{text}"
-            + (f"\n{advice}" if any("are more than cutoff_len" in line for line in lines) else ""),
+            f"{name}: {len(lines)} of {len(records)} records cannot be used:\n"
+            f"{WrongRecords(len(lines), lines).text(too_long)}\n{advice_on_wrong(most_wrong)}{advice}",
             len(lines),
         )
+    return []
+
+
+def left_out_file(report_dir: Path, name: str) -> Path:
+    """Where records that are left out are listed."""
+    return report_dir / f"left_out_records_{name}.txt"
+
+
+def _report(file: Path, lines: list[str]) -> bool:
+    """Write a list, if there is anything in it; else remove an earlier one."""
+    file.unlink(missing_ok=True)
+    if lines:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return bool(lines)
 
 
 def _long_records(records: Records, encoder: Encoder) -> list[int]:

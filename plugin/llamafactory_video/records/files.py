@@ -6,11 +6,11 @@ import gzip
 import json
 import os
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from .json_text import RecordDecoder, read_json
+from .json_text import RecordDecoder, json_text, read_json
 from .report import DatasetError, RawRecord
 
 _CHUNK = 4 << 20  # characters read from a file at a time
@@ -210,6 +210,33 @@ def _read_array(file: Path) -> Iterator[RawRecord]:
     position += 1
     if rest := skip(blanks):
         yield unreadable(number + 1, line, f"{rest!r} after the end of the array")
+
+
+def write_records(path: Path, records: Iterable[Any], read_from: Iterable[Path]) -> int:
+    """Write records one on each line, whole or not at all; without any there is no file.
+
+    Args:
+        read_from: the files that they come from, which are not replaced.
+
+    Returns:
+        How many there were.
+
+    Raises:
+        ValueError: if the file is one of those.
+    """
+    if path.exists() and any(file.samefile(path) for file in read_from):
+        raise ValueError(f"{path} would replace the records that it is made from; give another name")
+    partial, count = path.with_name(f"{path.name}.tmp"), 0
+    try:
+        with partial.open("w", encoding="utf-8") as lines:
+            for record in records:
+                lines.write(f"{json_text(record)}\n")
+                count += 1
+        if count:
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return count
 
 
 class MediaFinder:

@@ -14,11 +14,11 @@ class DatasetError(ValueError):
     """Annotation files with wrong records; the message lists them.
 
     Attributes:
-        wrong: how many records are wrong.
+        wrong: how many records are wrong; 0 if it is about something else.
         lengths: tokens, and visual ones among them, of a record that is too long.
     """
 
-    def __init__(self, message: str, wrong: int = 1, lengths: tuple[int, int] = (0, 0)) -> None:
+    def __init__(self, message: str, wrong: int = 0, lengths: tuple[int, int] = (0, 0)) -> None:
         super().__init__(message)
         self.wrong, self.lengths = wrong, lengths
 
@@ -64,15 +64,38 @@ class WrongRecords:
         return f"{shown}{rest}" + (f"\nAll of them are listed in {report}." if report else "")
 
 
+def may_be_left_out(wrong: int, total: int, most_wrong: float) -> bool:
+    """Whether so many records of a data set may be left out: at most that share, and not all."""
+    return wrong < total and wrong <= most_wrong * total
+
+
+def advice_on_wrong(most_wrong: float) -> str:
+    """What to do about wrong records that may not be left out."""
+    if not most_wrong:
+        return "Correct them, or leave them out with `skip_wrong_records: true`."
+    return (
+        f"These are more than skip_wrong_share, {most_wrong:g} of all, so none is left out. Correct them, or raise it."
+    )
+
+
 def report_wrong(
     wrong: WrongRecords,
     path: Path,
     total: int,
-    skip_wrong: bool,
+    most_wrong: float,
     name: str | None,
     report_dir: Path | None,
     log: Callable[[str], None],
 ) -> None:
+    """Tell what is wrong with a data set, and what was read otherwise than it stands.
+
+    Args:
+        most_wrong: the greatest share of its records that may be left out.
+        name, report_dir: of the list of wrong records.
+
+    Raises:
+        DatasetError: if none may be left out, or not as many.
+    """
     if total == 0:
         raise DatasetError(f"{path}: no records in it")
     for note, (count, place) in wrong.notes.items():
@@ -86,10 +109,10 @@ def report_wrong(
         report.write_text("\n".join(wrong.lines) + "\n", encoding="utf-8")
     left = total - wrong.records
     summary = f"{path}: {wrong.records} of {total} records are wrong"
-    if skip_wrong and left and not wrong.cut_off:
+    if may_be_left_out(wrong.records, total, most_wrong) and not wrong.cut_off:
         log(f"{summary} and left out, {left} remain:\n{wrong.text(report)}")
         return
-    advice = "Correct them, or leave them out with `skip_wrong_records: true`."
+    advice = advice_on_wrong(most_wrong)
     if wrong.cut_off:
         advice = "A file could not be read to its end, so nothing can be left out; correct it."
     raise DatasetError(f"{summary}:\n{wrong.text(report)}\n{advice}", wrong.records)

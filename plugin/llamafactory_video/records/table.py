@@ -89,7 +89,7 @@ def load_conversations(
     layout: Layout,
     keys: RecordKeys = RecordKeys(),  # noqa: B008 - frozen
     indent: int | None = None,
-    skip_wrong: bool = False,
+    most_wrong: float = 0.0,
     name: str | None = None,
     report_dir: Path | None = None,
     cache_dir: str | None = None,
@@ -105,7 +105,7 @@ def load_conversations(
         layout: of the table.
         keys: names of the records' fields.
         indent: for answers that are JSON values: spaces a level, or None for one line.
-        skip_wrong: leave wrong records out and say so, instead of stopping.
+        most_wrong: the greatest share of wrong records that are left out, with a list, instead of stopping.
         name: of the data set; names the report.
         report_dir: where the list of wrong records is written when there are any.
         cache_dir: where the Arrow file is kept; the datasets cache by default.
@@ -117,7 +117,7 @@ def load_conversations(
         A memory-mapped dataset.
 
     Raises:
-        DatasetError: listing every wrong record, unless `skip_wrong`.
+        DatasetError: listing every wrong record, unless they are left out.
     """
     files = annotation_files(path)
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "llamafactory_video"
@@ -129,7 +129,7 @@ def load_conversations(
         # A clip can vanish while its annotation stays: ask again, by folder, which takes a moment.
         if not _missing_media(dataset, layout, MediaFinder("")):
             wrong = WrongRecords(**known["wrong"])
-            report_wrong(wrong, path, known["total"], skip_wrong, name, report_dir, log)
+            report_wrong(wrong, path, known["total"], most_wrong, name, report_dir, log)
             return dataset
     wrong = WrongRecords()
     total = 0
@@ -150,7 +150,7 @@ def load_conversations(
                     writer.write(pa.RecordBatch.from_pylist(rows, schema=layout.features.arrow_schema))
                     rows.clear()
             writer.write(pa.RecordBatch.from_pylist(rows, schema=layout.features.arrow_schema))
-        report_wrong(wrong, path, total, skip_wrong, name, report_dir, log)
+        report_wrong(wrong, path, total, most_wrong, name, report_dir, log)
         notes.write_text(json.dumps({"wrong": asdict(wrong), "total": total}, ensure_ascii=False), encoding="utf-8")
         os.replace(partial, stored)
     finally:
@@ -164,7 +164,7 @@ def check_rows(
     layout: Layout,
     keys: RecordKeys,
     indent: int | None,
-    skip_wrong: bool,
+    most_wrong: float,
     name: str,
     report_dir: Path | None,
     log: Callable[[str], None],
@@ -187,7 +187,7 @@ def check_rows(
         else:
             wrong.note(record, conversation.notes)
             good.append(layout.to_row(replace(conversation, source=record.location)))
-    report_wrong(wrong, Path(name), len(rows), skip_wrong, name, report_dir, log)
+    report_wrong(wrong, Path(name), len(rows), most_wrong, name, report_dir, log)
     return datasets.Dataset.from_list(good, features=layout.features)
 
 

@@ -13,25 +13,33 @@ from typing import Any
 
 import yaml
 
+from .convert import add_convert
 from .infer import add_infer
 
+_WRITE = "write the records that can be trained on there, one on each line, as they stand in their files"
 
-def check(recipe: Path, overrides: list[str]) -> int:
+
+def check(recipe: Path, overrides: list[str], write: Path | None = None) -> int:
     """Read a recipe's data as training would, and tell what the model will be shown of it.
 
+    Args:
+        write: where the records that can be trained on are written.
+
     Returns:
-        How many records cannot be trained on.
+        How many records stop training: those that cannot be trained on and may not be left out.
     """
     from ..host.recipe import recipe_data
     from ..prompt.lengths import measure_all
 
-    wrong, parts, encoder = recipe_data(recipe, overrides)
-    if not parts and not wrong:
+    data = recipe_data(recipe, overrides)
+    parts, encoder = data.parts, data.encoder
+    if not parts and not data.unread:
         raise ValueError(f"{recipe} names no data set; give a training recipe")
+    problems: dict[str, dict[int, str]] = {}
     for name, part in parts.items():
         found = list(measure_all(part, encoder, range(len(part)), None))
         sizes = [measured for measured in found if measured.tokens]
-        problems = [measured.problem for measured in found if measured.problem]
+        problems[name] = {number: measured.problem for number, measured in enumerate(found) if measured.problem}
         changes = [measured.change for measured in found if measured.change]
         if any(not measured.problem for measured in found):
             example = encoder.encode(part[next(i for i, measured in enumerate(found) if not measured.problem)])
@@ -50,41 +58,87 @@ def check(recipe: Path, overrides: list[str]) -> int:
         if changes:
             print(f"  records whose clips are made smaller to fit: {len(changes)}")
             print("\n".join(f"    {change}" for change in changes))
-        print(f"  cutoff_len {encoder.cutoff_len}; records that cannot be trained on: {len(problems)}")
-        print("\n".join(f"    {problem}" for problem in problems), end="\n" if problems else "")
-        wrong += len(problems)
+        print(f"  cutoff_len {encoder.cutoff_len}; records that cannot be trained on: {len(problems[name])}")
+        print("\n".join(f"    {problem}" for problem in problems[name].values()), end="\n" if problems[name] else "")
+    return _concluded(data, problems, write)
+
+
+def _concluded(data: Any, problems: dict[str, dict[int, str]], write: Path | None) -> int:
+    """What follows from problems of records, by data set and number: told, and how many stop training."""
+    from ..records.report import may_be_left_out
+
+    wrong = data.wrong
+    for name, found in problems.items():
+        if found and may_be_left_out(len(found), len(data.parts[name]), data.most_wrong):
+            print(f"{name}: `skip_wrong_records` leaves out {len(found)} of {len(data.parts[name])} records.")
+        else:
+            wrong += len(found)
+    if write is not None:
+        _write_clean(data, problems, write)
     if wrong:
         print(f"\n{wrong} records in all cannot be trained on; they are listed above.")
-    return wrong
+    if data.unread:
+        print(f"\nNothing of {', '.join(data.unread)} can be trained on.")
+    return 0 if write else wrong + len(data.unread)
 
 
-def build_cache(recipe: Path, overrides: list[str], jobs: int | None) -> int:
-    """Decode every clip of a recipe into the frame cache; those that are there already are passed over.
+def _write_clean(data: Any, problems: dict[str, dict[int, str]], write: Path) -> None:
+    """Write the records of a recipe's one data set that can be trained on, as they stand in its files."""
+    from ..records.files import annotation_files, read_records, write_records
+
+    if len(data.parts) != 1 or data.unread or not data.files:
+        raise ValueError(
+            f"--write takes one data set of a file or a folder; {', '.join(data.parts) or 'none'} is named; add dataset=NAME "
+            "and eval_dataset=null"
+        )
+    (name, part), files = next(iter(data.parts.items())), annotation_files(next(iter(data.files.values())))
+    sources = enumerate(part.table["_source"])
+    good = {re.sub(r" \(line \d+\)$", "", source) for number, source in sources if number not in problems[name]}
+    records = (record for file in files for record in read_records(file))
+    clean = [record.value for record in records if f"{record.file}, record {record.number}" in good]
+    if len(clean) < len(good):
+        raise ValueError(
+            f"--write: the records of {files[0]} do not lie in it as JSON, so they cannot be written again"
+        )
+    count = write_records(write, clean, files)
+    print(f"{write}: {count} records of {name}, each on a line; register it in dataset_info.json")
+
+
+def build_cache(recipe: Path, overrides: list[str], jobs: int | None, write: Path | None = None) -> int:
+    """Decode every clip of a recipe into the frame cache, but those that are there already; and see that pictures are whole.
+
+    Args:
+        jobs: processes that decode.
+        write: where the records that can be trained on are written.
 
     Returns:
-        How many records have a clip that cannot be shown.
+        How many records stop training.
     """
     from ..host.recipe import recipe_data
     from ..prompt.lengths import store_all
     from ..video.cache import GIB
 
-    wrong, parts, encoder = recipe_data(recipe, overrides)
-    cache = encoder.reader.cache
+    data = recipe_data(recipe, overrides)
+    cache = data.encoder.reader.cache
     if cache is None:
         raise ValueError("there is no frame cache: video_cache is false, or the disk is nearly full")
-    problems: list[str] = []
+    problems: dict[str, dict[int, str]] = {}
     notes: list[str] = []
-    decoded = found = 0
-    for name, part in parts.items():
-        for stored in store_all(part, encoder, jobs, f"Decoding {name}"):
-            decoded, found = decoded + stored.decoded, found + stored.found
-            problems += [stored.problem] if stored.problem else []
+    decoded = found = pictures = 0
+    for name, part in data.parts.items():
+        problems[name] = {}
+        for number, stored in enumerate(store_all(part, data.encoder, jobs, f"Decoding {name}")):
+            decoded, found, pictures = decoded + stored.decoded, found + stored.found, pictures + stored.pictures
+            if stored.problem:
+                problems[name][number] = stored.problem
             notes += stored.notes
     size = cache.size()
+    lines = [problem for part in problems.values() for problem in part.values()]
     print(
-        f"{decoded} clips decoded, {found} were there already, {len(problems)} records with a clip that cannot be shown."
+        f"{decoded} clips decoded, {found} were there already, {pictures} pictures read, {len(lines)} records with a clip or "
+        "picture that cannot be shown."
     )
-    print("\n".join(f"  {problem}" for problem in problems), end="\n" if problems else "")
+    print("\n".join(f"  {line}" for line in lines), end="\n" if lines else "")
     if notes:
         print("Used as far as they can be decoded:")
         print("\n".join(f"  {note}" for note in notes))
@@ -93,7 +147,7 @@ def build_cache(recipe: Path, overrides: list[str], jobs: int | None) -> int:
         print(
             "The cache is nearly full, and evicts what was used longest ago. For larger data sets raise video_cache_gb."
         )
-    return wrong + len(problems)
+    return _concluded(data, problems, write)
 
 
 def cache_folder(recipe: Path | None, overrides: list[str]) -> Path:
@@ -126,11 +180,11 @@ def _is_file(text: str) -> bool:
 
 
 def map_settings(words: list[str], kind: str | None, clip: str | None, as_json: bool) -> None:
-    """Print what other tools' settings are called here; see convert.py."""
+    """Print what other tools' settings are called here; see map.py."""
     from ..video.probe import probe
     from ..video.sampling import ClipInfo
     from .command_line import MappingError
-    from .convert import EXAMPLE, convert, remarks, result_text
+    from .map import EXAMPLE, read_as_recipe, remarks, result_text
 
     info, text = EXAMPLE, words[0] if len(words) == 1 else shlex.join(words)
     if text == "-":
@@ -151,7 +205,7 @@ def map_settings(words: list[str], kind: str | None, clip: str | None, as_json: 
             info = probe(clip)[0].info
         else:
             raise MappingError(f"--clip {clip}: no such file, and not of the form 15s@30,1280x720")
-    report = convert(text, kind, info)
+    report = read_as_recipe(text, kind, info)
     if clip is not None and Path(clip).is_file():
         counted = f"{info.num_frames} frames, counted from its packets; other tools believe the file's header"
         report["notes"].append(("--clip", counted))
@@ -184,6 +238,7 @@ def main() -> None:
     )
     checking.add_argument("recipe", type=Path, help="a training recipe, such as recipes/wzry_full.yaml")
     checking.add_argument("overrides", nargs="*", help="key=value, as for llamafactory-cli")
+    checking.add_argument("--write", type=Path, metavar="FILE", help=_WRITE)
     mapping = commands.add_parser(
         "map",
         help="settings of the official trainer, qwen-vl-utils or ms-swift as lines of a recipe",
@@ -208,8 +263,14 @@ def main() -> None:
     caching.add_argument("recipe", type=Path, nargs="?", help="a training recipe; without one, the usual cache")
     caching.add_argument("overrides", nargs="*", help="key=value, as for llamafactory-cli")
     caching.add_argument("--jobs", type=int, help="processes that decode (default: as many as there are cores)")
+    caching.add_argument("--write", type=Path, metavar="FILE", help=f"with build: {_WRITE}")
+    add_convert(commands)
     add_infer(commands)
-    options = parser.parse_args()
+    options, more = parser.parse_known_args()
+    if any("=" not in word or word.startswith("-") for word in more) or (more and not hasattr(options, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:  # argparse takes those alone that stand together
+        options.overrides += more
     if options.command == "map":
         try:
             return map_settings(options.input, options.kind, options.clip, options.json)
@@ -217,18 +278,18 @@ def main() -> None:
             sys.exit(f"lmf-video: {error}")
     os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
     try:
-        if options.command == "infer":
+        if options.command in ("convert", "infer"):
             sys.exit(1 if options.run(options) else 0)
         if wrong := [word for word in options.overrides if "=" not in word]:
             raise ValueError(f"{wrong[0]} is no override; write key=value, such as dataset=wzry")
         if options.recipe is not None and not options.recipe.is_file():
             raise ValueError(f"no file {options.recipe}; give a recipe, such as recipes/wzry_full.yaml")
         if options.command == "check":
-            sys.exit(1 if check(options.recipe, options.overrides) else 0)
+            sys.exit(1 if check(options.recipe, options.overrides, options.write) else 0)
         if options.action == "build":
             if options.recipe is None:
                 raise ValueError("cache build needs a recipe, which says how its clips are sampled")
-            sys.exit(1 if build_cache(options.recipe, options.overrides, options.jobs) else 0)
+            sys.exit(1 if build_cache(options.recipe, options.overrides, options.jobs, options.write) else 0)
         show_cache(cache_folder(options.recipe, options.overrides), clear=options.action == "clear")
     except (ValueError, OSError, yaml.YAMLError) as error:
         sys.exit(f"lmf-video: {error}")

@@ -61,26 +61,29 @@ class GradientAudit:
                 if gradient.numel():
                     self._note(_layer(name), gradient)
 
-    def check(self, device: torch.device, scaled: bool = False) -> dict[str, list[str]]:
+    def check(self, device: torch.device, scaled: bool = False, learns: bool = True) -> dict[str, list[str]]:
         """Judge the layers that this step can tell about, on all processes together, and forget its gradients.
 
         Args:
             device: where the processes' backend works.
             scaled: with fp16 loss scaling, the first gradients may overflow; they are judged in a later step.
+            learns: whether the step has a supervised token; if it has none on any process, a later one is judged.
 
         Returns:
             Layers by fault: "missing", "zero", "not finite"; empty if all is well.
         """
         values = [self._largest.get(layer) for layer in self.pending]
         numbers = torch.stack(
-            [torch.tensor(float(self.saw_vision), device=device)]
+            [torch.tensor(float(seen), device=device) for seen in (self.saw_vision, learns)]
             + [torch.tensor(MISSING, device=device) if v is None else v.to(device) for v in values]
         )
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(numbers, dist.ReduceOp.MAX)
-        saw_vision, *found = numbers.tolist()
+        saw_vision, learns, *found = numbers.tolist()
         self._largest.clear()
         self.saw_vision = False
+        if not learns:
+            return {}
         faults: dict[str, list[str]] = {"missing": [], "zero": [], "not finite": []}
         later = []
         for layer, largest in zip(self.pending, found, strict=True):

@@ -78,6 +78,7 @@ class VideoTrainer(WholeCheckpoints):
         self._supervised: list[int] = []  # labels of each sample of the flat micro-batch at hand
         self._gradient_check, self._describe = gradient_check, describe
         self._audit: GradientAudit | None = None
+        self._items: Any = None  # supervised tokens of the step
         self._throughput: Throughput | None = None
         self._rates: dict[str, float] = {}
         self._grad_norm: Any = 0.0
@@ -178,6 +179,7 @@ class VideoTrainer(WholeCheckpoints):
         started = time.perf_counter()
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._throughput.waited += time.perf_counter() - started
+        self._items = items
         return batches, items
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -288,7 +290,8 @@ class VideoTrainer(WholeCheckpoints):
         step = self.state.global_step + 1
         if self._audit is None or step & (step - 1):  # at steps 1, 2, 4, 8, …: it waits for the device
             return
-        faults = self._audit.check(self.args.device, scaled=self._scales_loss)
+        learns = self._items is None or bool(self._items)
+        faults = self._audit.check(self.args.device, scaled=self._scales_loss, learns=learns)
         if not self._audit.pending:
             self._audit = None
         if faults:
