@@ -44,6 +44,7 @@ def folder(tmp_path_factory):
     damaged = [record(9, video="damaged.mp4"), record(9, image="cut.jpg")]
     sets = {
         "good": good,
+        "pictures": [record(1, image="a.png"), record(2, image="cut.jpg")],
         "unreadable": [each for one in good for each in (one, record(9, video="bad.mp4"))],
         "damaged": [each for i, one in enumerate(good) for each in (one, damaged[i % 2])],
         "mixture": [*good, record(9, video="bad.mp4"), *damaged],
@@ -161,11 +162,13 @@ def test_check_and_cache_build_write_what_is_good(keys, folder, tmp_path, capsys
     capsys.readouterr()
     assert build_cache(recipe, [], 2) == 3
     told = capsys.readouterr().out
-    assert "1 pictures read" not in told and "3 records with a clip or picture that cannot be shown" in told
+    assert "pictures read" not in told and "3 records with a clip or picture that cannot be shown" in told
     assert f"record {STEPS + 3} (line {STEPS + 3}): " in told and "cut.jpg: is not a picture" in told
     assert build_cache(recipe, [], 2, clean) == 0
     assert clean.read_text(encoding="utf-8") == (folder / "good.jsonl").read_text(encoding="utf-8") + "\n"
     assert "clean.jsonl: 4 records of mixture" in capsys.readouterr().out
+    assert build_cache(recipe, ["dataset=pictures"], 2) == 1
+    assert "1 pictures read, 1 records with a clip or picture that cannot be shown" in capsys.readouterr().out
     assert build_cache(recipe, ["skip_wrong_records=true", "skip_wrong_share=0.5"], 2) == 0
     assert check(recipe, ["skip_wrong_records=true", "skip_wrong_share=0.5"]) == 0
     assert check(recipe, ["skip_wrong_records=true", "skip_wrong_share=0.1"]) == 1

@@ -134,9 +134,10 @@ def build_cache(recipe: Path, overrides: list[str], jobs: int | None, write: Pat
             notes += stored.notes
     size = cache.size()
     lines = [problem for part in problems.values() for problem in part.values()]
+    seen = f"{pictures} pictures read, " if pictures else ""
     print(
-        f"{decoded} clips decoded, {found} were there already, {pictures} pictures read, {len(lines)} records with a clip or "
-        "picture that cannot be shown."
+        f"{decoded} clips decoded, {found} were there already, {seen}{len(lines)} records with a clip or picture that cannot be "
+        "shown."
     )
     print("\n".join(f"  {line}" for line in lines), end="\n" if lines else "")
     if notes:
