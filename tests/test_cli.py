@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
 from importlib.metadata import version
@@ -159,10 +158,8 @@ def test_the_cache_is_built_once_and_used_by_training(home):
     file, _ = recipe(home, "cached", video_cache_dir=str(folder), max_steps=2)
     result = run("lmf-video", "cache", "build", file, "--jobs", "2")
     assert result.returncode == 0, result.stderr[-3000:]
-    told = (
-        r"3 clips decoded, 0 were there already, [1-9] pictures read, 0 records with a clip or picture that cannot be"
-    )
-    assert re.search(told, result.stdout)
+    told = "3 clips decoded, 0 were there already, 0 records with a clip or picture that cannot be shown"
+    assert told in result.stdout
     assert "Decoding mixed: 100%" in result.stderr
     (first, *_) = entries = sorted(folder.glob("frames/*/*"))
     assert len(entries) == 3
