@@ -139,3 +139,8 @@ def strip_around_placeholders(text: str) -> str:
     `<video>\\n描述…` becomes the clip followed directly by 描述…, as in the usual inference message.
     """
     return "".join(piece.strip() for piece in re.split(f"({IMAGE_PLACEHOLDER}|{VIDEO_PLACEHOLDER})", text))
+
+
+def is_address(path: Any) -> bool:
+    """Whether a path is an address rather than a file's; one letter before the colon is a drive of Windows."""
+    return isinstance(path, str) and re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", path) is not None

@@ -4,13 +4,26 @@ Each class is mixed into LLaMA-Factory's dataclass of the same kind (parser.py),
 `--help` and overridable on the command line as its own are.
 """
 
+import functools
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..video.dialects import LLAMAFACTORY_DEFAULTS
+from ..words import meant
 
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-_ABOVE_0 = ("video_timeout", "video_cache_gb", "video_remote_gb", "api_max_upload_mb", "api_max_visual_tokens")
+_ABOVE_0 = (
+    *("video_timeout", "video_cache_gb", "video_remote_gb", "api_max_upload_mb", "api_max_visual_tokens"),
+    # LLaMA-Factory's and transformers', which say nothing of them, or say it late.
+    *(
+        "cutoff_len",
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "gradient_accumulation_steps",
+        "lora_rank",
+    ),
+)
 _AT_LEAST_0 = ("skip_wrong_share", "answer_json_indent", "vision_tower_lr", "mm_projector_lr")
 
 
@@ -20,40 +33,65 @@ def listed(text: str | None) -> list[str]:
 
 
 def check_keys(keys: Any, cls: type) -> None:
-    """Raise ValueError for a key of `cls` whose value is of another type, none of those known or too small.
+    """Raise ValueError for a key of `cls` whose value is of another type, none of those known or too small."""
+    hints = get_type_hints(cls)  # not the fields' types, which the parser of the command line rewrites
+    for name in (f.name for f in fields(cls) if f.init):
+        check_value(name, getattr(keys, name), hints[name])
+
+
+def check_value(name: str, value: Any, hint: Any) -> None:
+    """Raise ValueError for a key whose value is of another type than a truth value, a number or one of some words, as its
+    hint says, or too small. Other hints tell nothing.
 
     Nothing is converted on the way from YAML, JSON or Python to here.
     """
-    hints = get_type_hints(cls)  # not the fields' types, which the parser of the command line rewrites
-    for name in (f.name for f in fields(cls) if f.init):
-        value, hint = getattr(keys, name), hints[name]
-        options = get_args(hint) or (hint,)
-        if type(None) in options:
-            if value is None:
-                continue
-            hint = next(option for option in options if option is not type(None))
-            options = get_args(hint) or (hint,)
-        found, advice = str(value), ""
-        if isinstance(value, str):
-            found = f'the text "{value}"'
-        elif isinstance(value, bool):
-            found = str(value).lower()
-        if get_origin(hint) is Literal:
-            wanted, right = f"one of {', '.join(options)}", value in options
-        else:
-            kind = options[0]
-            wanted = _KINDS[kind]
-            right = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (
-                kind is bool
-            )
-            if name in _ABOVE_0:
-                wanted, right = f"{wanted} above 0", right and value > 0
-            elif name in _AT_LEAST_0:
-                wanted, right = f"{wanted} of at least 0", right and value >= 0
-            if kind is float and isinstance(value, str):
-                advice = "; YAML reads 1e-6 as text; write 1.0e-6"
-        if not right:
-            raise ValueError(f"{name} must be {wanted}; found {found}{advice}")
+    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return
+    options = [option for option in options if option is not type(None)]
+    words = [word for option in options if get_origin(option) is Literal for word in get_args(option)]
+    kinds = [option for option in options if get_origin(option) is not Literal]
+    if words and all(kind is str for kind in kinds):
+        # YAML reads the word no as false.
+        wanted, right = f"one of {', '.join(map(str, words))}", value in words or (value is False and "no" in words)
+    elif kinds and not words and all(kind in (bool, int, float) for kind in kinds):
+        wanted = " or ".join(_KINDS[kind] for kind in kinds)
+        right = isinstance(value, bool) and bool in kinds
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            right = float in kinds or (int in kinds and isinstance(value, int))
+    elif kinds == [str] and name in texts():
+        wanted, right = _KINDS[str], isinstance(value, str)
+    else:
+        return
+    if name in _ABOVE_0:
+        wanted, right = f"{wanted} above 0", right and value > 0
+    elif name in _AT_LEAST_0:
+        wanted, right = f"{wanted} of at least 0", right and value >= 0
+    if right:
+        return
+    found, advice = str(value), ""
+    if isinstance(value, str):
+        found = f'the text "{value}"'
+        advice = "; YAML reads 1e-6 as text; write 1.0e-6" if float in kinds and _looks_like_a_number(value) else ""
+        advice = meant(value, words) if words else advice
+    elif isinstance(value, bool) or value is None:
+        found = str(value).lower() if value is not None else "nothing"
+    raise ValueError(f"{name} must be {wanted}; found {found}{advice}")
+
+
+@functools.cache
+def texts() -> frozenset[str]:
+    """The keys of the plugin that are texts."""
+    hints = get_type_hints(VideoModelKeys) | get_type_hints(VideoDataKeys) | get_type_hints(VideoFinetuningKeys)
+    return frozenset(name for name, hint in hints.items() if str in (hint, *get_args(hint)))
+
+
+def _looks_like_a_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 @dataclass
@@ -109,7 +147,14 @@ class VideoModelKeys:
         metadata={"help": "Give up reading a clip after this many seconds, with an error that names it."},
     )
     video_remote_gb: float = field(
-        default=2.0, metadata={"help": "Size limit, in GiB, of a clip that a request to the API gives by address."}
+        default=2.0, metadata={"help": "Size limit, in GiB, of a clip that is fetched from an address."}
+    )
+    remote_media: bool = field(
+        default=False,
+        metadata={
+            "help": "Fetch clips and pictures that records give by address (http, https, s3 and what else fsspec opens), once, into "
+            "the cache of frames."
+        },
     )
     json_schema: str | None = field(
         default=None,

@@ -20,7 +20,9 @@ from .keys import VideoModelKeys
 def _clip_reader(sampling: Sampling, keys: VideoModelKeys, log: Callable[[str], None]) -> ClipReader:
     """The reader of clips that a recipe asks for, with its cache."""
     cache = open_cache(keys.video_cache_dir, keys.video_cache_gb, log) if keys.video_cache else None
-    return ClipReader(sampling, cache, keys.video_timeout, remote=int(keys.video_remote_gb * GIB))
+    return ClipReader(
+        sampling, cache, keys.video_timeout, remote=int(keys.video_remote_gb * GIB), may_fetch=keys.remote_media
+    )
 
 
 def _hub(model_args: Any) -> dict[str, Any]:

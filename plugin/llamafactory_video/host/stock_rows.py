@@ -40,6 +40,7 @@ def check_stock_rows(
     path: Path,
     media_dir: str,
     most_wrong: float,
+    remote: bool,
     name: str,
     report_dir: Path | None,
     log: Callable[[str], None],
@@ -57,7 +58,7 @@ def check_stock_rows(
     Raises:
         DatasetError: listing every record that is wrong in another way, unless they are left out.
     """
-    keys, find = _keys(attr), _Finder(media_dir)
+    keys, find = _keys(attr), _Finder(media_dir, remote)
     pictures = _pictures_inside(rows)
     wrong, good, kept = WrongRecords(), [], []
     texts = rows if pictures is None else rows.remove_columns("_images")

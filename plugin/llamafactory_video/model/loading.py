@@ -60,6 +60,7 @@ def load_model(
     load_in_4bit: bool = False,
     device: str | None = None,
     video_cache: bool = True,
+    remote_media: bool = False,
     log: Callable[[str], None] = print,
     **sampling: Any,
 ) -> tuple[Any, Encoder]:
@@ -72,6 +73,7 @@ def load_model(
         load_in_4bit: by bitsandbytes.
         device: such as "cuda:0" or "cpu"; None: a GPU if there is one.
         video_cache: keep decoded frames on disk, as training does.
+        remote_media: fetch clips and pictures that are given by address, into that cache.
         log: takes a line for the person who runs this.
         sampling: keys of `SAMPLING_KEYS`; where none is given, clips are sampled as the folder says.
 
@@ -117,7 +119,7 @@ def load_model(
     loaded = _with_adapters(loaded, adapters, load_in_4bit).eval()
     loaded.generation_config = GenerationConfig()  # how answers are written is told with each question
 
-    encoder = _encoder(model, adapters, processor, config, video_cache, log, sampling)
+    encoder = _encoder(model, adapters, processor, config, video_cache, remote_media, log, sampling)
     return loaded, encoder
 
 
@@ -150,6 +152,7 @@ def _encoder(
     processor: Any,
     config: Any,
     video_cache: bool,
+    remote_media: bool,
     log: Callable[[str], None],
     sampling: dict[str, Any],
 ) -> Encoder:
@@ -167,7 +170,8 @@ def _encoder(
         log(f"Sampling differs from how {name} was trained: {changed}")
 
     def make_reader() -> ClipReader:
-        return ClipReader(contract.clips, open_cache(None, None, lambda _: None) if video_cache else None)
+        cache = open_cache(None, None, lambda _: None) if video_cache else None
+        return ClipReader(contract.clips, cache, may_fetch=remote_media)
 
     SamplingProcessor.prepare(processor, contract, make_reader, log)
     return Encoder(

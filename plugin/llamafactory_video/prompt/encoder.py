@@ -127,6 +127,11 @@ class Encoder:
         Raises:
             DatasetError: naming the record, if it cannot be shown or is too long.
         """
+        try:
+            pictures = [self.reader.at_hand(image) for image in conversation.images]
+        except ClipError as error:
+            raise DatasetError(f"{conversation.name}: {error}") from error
+        conversation = replace(conversation, images=pictures)
         clips, change = [as_clip(video) for video in conversation.videos], ""
         ids, labels, planned = self._encode(conversation, clips)
         if len(ids) > self.cutoff_len:

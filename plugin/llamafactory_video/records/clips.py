@@ -5,12 +5,11 @@ import functools
 import itertools
 import math
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ..media import ROLES, WHOLE_SETTINGS, Clip
+from ..media import ROLES, WHOLE_SETTINGS, Clip, is_address
 from .json_text import quote, read_json
 
 
@@ -116,8 +115,12 @@ class ClipParser:
             return None
         if value.startswith("file://"):
             value = value[len("file://") :]
-        if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://|data:", value):
-            self.wrong(field, quote(value), "addresses are not fetched; download the file and give its path")
+        if is_address(value) or value.startswith("data:"):
+            remote = getattr(self.find, "remote", None)
+            if remote and not value.startswith("data:"):
+                return value
+            way = "give its path" if remote is None else "give its path; or set `remote_media: true`"
+            self.wrong(field, quote(value), f"addresses are not fetched; download the file and {way}")
             return None
         path = self.find(value)
         if path is None:
@@ -206,6 +209,15 @@ class ClipParser:
         return clip
 
 
+class _AnyPath:
+    """Takes every path, and addresses: who reads the clip says whether they are fetched."""
+
+    remote = True
+
+    def __call__(self, path: str) -> str:
+        return path
+
+
 def decode_clip(text: str) -> Clip:
     """The clip that `Clip.encode` wrote. A person may have written it too, into chat or a record of another format.
 
@@ -222,7 +234,7 @@ def decode_planned_clip(text: str) -> tuple[Clip, str]:
     if problems:  # a path may begin with a brace, too
         return Clip(path=text), ""
     plan_digest = given.pop("planned", "")
-    parser = ClipParser(RecordKeys(), find=lambda path: path, indent=None)
+    parser = ClipParser(RecordKeys(), find=_AnyPath(), indent=None)
     clip = parser.clip(given, "clip")
     if parser.problems:
         raise ValueError("; ".join(map(str, parser.problems)))

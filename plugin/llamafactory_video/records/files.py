@@ -243,10 +243,13 @@ class MediaFinder:
     """Finds the files that records name, below `media_dir` first, then as the path stands.
 
     Each folder is listed once: asking a network file system for every clip of 200,000 would take minutes.
+
+    Args:
+        remote: whether addresses may be given too.
     """
 
-    def __init__(self, media_dir: str) -> None:
-        self.media_dir = media_dir
+    def __init__(self, media_dir: str, remote: bool = False) -> None:
+        self.media_dir, self.remote = media_dir, remote
         self._listings: dict[str, frozenset[str]] = {}
 
     def _is_file(self, path: str) -> bool:

@@ -15,8 +15,13 @@ from .parse import parse_record
 TO_COME = "?"  # in place of the answer, which is not shown
 
 
-def _found(path: str) -> str | None:
-    return path if os.path.isfile(path) else None
+class _Finder:
+    """Takes files that are there, and addresses: who reads a clip says whether they are fetched."""
+
+    remote = True
+
+    def __call__(self, path: str) -> str | None:
+        return path if os.path.isfile(path) else None
 
 
 def clip_argument(text: str) -> str | dict[str, Any]:
@@ -95,7 +100,7 @@ def question(
         turns = [*prompt]
         if not turns or not isinstance(turns[-1], dict) or turns[-1].get("role") not in ("user", "tool"):
             raise ValueError("the last turn must be the user's, which is answered")
-    conversation, problems = parse_question(turns, videos, images, system, (), _found)
+    conversation, problems = parse_question(turns, videos, images, system, (), _Finder())
     if problems:
         raise ValueError("; ".join(map(str, problems)))
     return conversation
@@ -126,7 +131,7 @@ def read_questions(path: Path, media_dir: Path | None = None) -> Iterator[Asked]
         media_dir: folder to which paths in records are relative; None: that of the file.
     """
     for file in annotation_files(path):
-        find = MediaFinder(str(media_dir or file.parent))
+        find = MediaFinder(str(media_dir or file.parent), remote=True)
         for raw in read_records(file):
             if raw.error:
                 yield Asked(raw.location, ValueError(raw.error))

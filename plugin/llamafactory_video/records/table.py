@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from .. import media
 from ..digest import code_digest
-from ..media import ASSISTANT, FUNCTION, Clip, Conversation
+from ..media import ASSISTANT, FUNCTION, Clip, Conversation, is_address
 from . import clips, files, json_text, parse
 from .clips import Problem, RecordKeys, decode_clip
 from .files import MediaFinder, annotation_files, read_records
@@ -93,6 +93,7 @@ def load_conversations(
     name: str | None = None,
     report_dir: Path | None = None,
     cache_dir: str | None = None,
+    remote: bool = False,
     refresh: bool = False,
     log: Callable[[str], None] = print,
     progress: bool = True,
@@ -109,6 +110,7 @@ def load_conversations(
         name: of the data set; names the report.
         report_dir: where the list of wrong records is written when there are any.
         cache_dir: where the Arrow file is kept; the datasets cache by default.
+        remote: whether records may give addresses in place of paths.
         refresh: read the files again even if they are in the cache.
         log: takes a line for the person who runs this.
         progress: show a progress bar.
@@ -122,7 +124,7 @@ def load_conversations(
     files = annotation_files(path)
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "llamafactory_video"
     folder.mkdir(parents=True, exist_ok=True)
-    stored = folder / f"{_cache_key(files, (os.path.abspath(media_dir), keys, indent, layout.features))}.arrow"
+    stored = folder / f"{_cache_key(files, (os.path.abspath(media_dir), keys, indent, remote, layout.features))}.arrow"
     notes = stored.with_suffix(".json")  # what was wrong when it was stored: said each time
     if not refresh and stored.is_file() and notes.is_file():
         dataset, known = datasets.Dataset.from_file(str(stored)), json.loads(notes.read_text(encoding="utf-8"))
@@ -139,7 +141,9 @@ def load_conversations(
     try:
         with os.fdopen(handle, "wb") as file, pa.ipc.new_stream(file, layout.features.arrow_schema) as writer:
             rows: list[dict[str, Any]] = []
-            for record, conversation, problems in _checked(files, MediaFinder(media_dir), keys, indent, progress):
+            for record, conversation, problems in _checked(
+                files, MediaFinder(media_dir, remote), keys, indent, progress
+            ):
                 total += 1
                 if problems:
                     wrong.add(record, problems)
@@ -168,9 +172,10 @@ def check_rows(
     name: str,
     report_dir: Path | None,
     log: Callable[[str], None],
+    remote: bool = False,
 ) -> datasets.Dataset:
     """Check records that come from a hub, as JSON texts in a column `_record`; see `load_conversations`."""
-    wrong, good, find = WrongRecords(), [], MediaFinder(media_dir)
+    wrong, good, find = WrongRecords(), [], MediaFinder(media_dir, remote)
     for number, row in enumerate(rows, start=1):
         value, wrong_json = read_json(row["_record"])
         record = RawRecord(Path(name), number, 0, value)
@@ -245,6 +250,6 @@ def _missing_media(dataset: datasets.Dataset, layout: Layout, find: MediaFinder)
         for batch in dataset.data.column(column).chunks:
             for text in batch.flatten().unique().to_pylist():
                 clip = decode_clip(text) if column == layout.videos else Clip(text)
-                if any(find(path) is None for path in clip.frames or (clip.path,)):
+                if any(not is_address(path) and find(path) is None for path in clip.frames or (clip.path,)):
                     return True
     return False

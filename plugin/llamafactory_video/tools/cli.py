@@ -143,7 +143,7 @@ def build_cache(recipe: Path, overrides: list[str], jobs: int | None, write: Pat
     if notes:
         print("Used as far as they can be decoded:")
         print("\n".join(f"  {note}" for note in notes))
-    print(f"{cache.folder}: {size.clips} clips in {size.bytes / GIB:.2f} GiB of at most {cache.limit / GIB:.1f} GiB")
+    print(f"{cache.folder}: {size} of at most {cache.limit / GIB:.1f} GiB")
     if size.bytes > 0.75 * cache.limit:
         print(
             "The cache is nearly full, and evicts what was used longest ago. For larger data sets raise video_cache_gb."
@@ -165,12 +165,12 @@ def cache_folder(recipe: Path | None, overrides: list[str]) -> Path:
 
 def show_cache(folder: Path, clear: bool) -> None:
     """Print what a frame cache holds, and remove it if asked to."""
-    from ..video.cache import GIB, FrameCache
+    from ..video.cache import FrameCache
 
     cache = FrameCache(folder)
     size = cache.clear() if clear else cache.size()
     done = "removed" if clear else "holds"
-    print(f"{folder} {done} {size.clips} clips in {size.bytes / GIB:.2f} GiB, and what is known of {size.files} files")
+    print(f"{folder} {done} {size}, and what is known of {size.files} files")
 
 
 def _is_file(text: str) -> bool:

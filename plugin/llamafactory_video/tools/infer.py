@@ -66,6 +66,7 @@ def add_infer(commands: Any) -> None:
     loaded.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16, float32 on a CPU"
     )
+    loaded.add_argument("--remote-media", action="store_true", help="fetch clips that are given by address, once")
     loaded.add_argument("--load-in-4bit", action="store_true", help="needs bitsandbytes")
     loaded.add_argument("--device", help="such as cuda:1 or cpu (default: a GPU if there is one)")
     loaded.add_argument(
@@ -115,6 +116,7 @@ def run(options: argparse.Namespace) -> int:
         dtype=options.dtype,
         load_in_4bit=options.load_in_4bit,
         device=options.device,
+        remote_media=options.remote_media,
         log=_say,
         **sampling,
     )

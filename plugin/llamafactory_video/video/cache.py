@@ -2,6 +2,7 @@
 
     FOLDER/frames/ab/KEY       planned frames, uint8, behind one line of JSON with their shape and checksum
     FOLDER/files/ab/KEY.json   a file's packets as `probe` found them, and a hash of its content
+    FOLDER/remote/ab/KEY       what lies at an address (remote.py)
 
 An entry's key is made of the file's content and the whole plan, so another fps or size, or an edited clip, never meets
 an old entry. Entries are written under a name of their own and renamed, so a reader sees a whole one or none, whoever
@@ -34,6 +35,7 @@ from ..digest import code_digest
 from . import codecs, damage, decode, orientation, probe, sampling
 from .orientation import Orientation
 from .probe import VideoFile
+from .remote import fetch
 from .sampling import ClipInfo, FramePlan
 
 logger = logging.getLogger(__name__)
@@ -42,6 +44,7 @@ _LIBRARIES = f"av {av.__version__} torch {torch.__version__} {torchvision.__vers
 _DECODING = (decode.__name__, damage.__name__, orientation.__name__)
 _PROBING = (probe.__name__, codecs.__name__, sampling.__name__)
 _SWEEP_SHARE = 256  # each process sweeps after it wrote this part of the limit
+_KINDS = ("frames", "files", "remote")
 _HIGH, _LOW = 0.9, 0.8  # shares of the limit: above the first, the oldest leave until the second is reached
 _LEFTOVER_SECONDS = 3600  # a file still being written is never as old
 _TOUCH_SECONDS = 60
@@ -100,16 +103,21 @@ def _entries(folder: Path) -> Iterator[tuple[float, int, str]]:
                     with contextlib.suppress(OSError):
                         if _ENTRY.fullmatch(file.name):
                             found = file.stat()
-                            yield found.st_mtime, found.st_size, file.path
+                            yield max(found.st_atime, found.st_mtime), found.st_size, file.path
 
 
 @dataclass
 class CacheSize:
-    """What a cache holds: clips and bytes of their frames, and files it knows."""
+    """What a cache holds: clips, files it knows, files it fetched; and bytes of frames and of fetched files."""
 
     clips: int
     bytes: int
     files: int
+    fetched: int
+
+    def __str__(self) -> str:
+        fetched = f" and {self.fetched} fetched files" if self.fetched else ""
+        return f"{self.clips} clips{fetched} in {self.bytes / GIB:.2f} GiB"
 
 
 class FrameCache:
@@ -203,6 +211,9 @@ class FrameCache:
                 if attempt == 2:
                     logger.warning("%s could not be written to the frame cache (%s).", path, error.strerror)
                     return
+        self._has_grown(size)
+
+    def _has_grown(self, size: int) -> None:
         if self._written is None:  # processes that live short sweep as often, for what they wrote, as others
             self._written = random.uniform(0, self.limit / _SWEEP_SHARE)
         self._written += size
@@ -222,7 +233,7 @@ class FrameCache:
     def sweep(self) -> None:
         """Let the oldest entries leave if the limit is near; one process at a time."""
         with contextlib.suppress(OSError, Timeout), FileLock(self.folder / "lock", timeout=0):
-            entries = sorted([*_entries(self.folder / "frames"), *_entries(self.folder / "files")])
+            entries = sorted(entry for kind in _KINDS for entry in _entries(self.folder / kind))
             total = sum(size for _, size, _ in entries)
             goal = self.limit * _LOW if total > self.limit * _HIGH else total
             for used, size, path in entries:
@@ -255,15 +266,28 @@ class FrameCache:
         key = xxhash.xxh3_128_hexdigest(os.fsencode(os.path.abspath(path)))
         return self._path("files", f"{key}.json")
 
+    def fetch(self, address: str, most: int, timeout: float | None) -> str:
+        """The file that holds what lies at an address, which is fetched once; see `remote.fetch`."""
+        place = self._path("remote", xxhash.xxh3_128_hexdigest(address.encode()))
+        if not place.is_file():
+            fetch(address, place, most, timeout)
+            self._has_grown(place.stat().st_size)
+        found = place.stat()
+        if found.st_atime < time.time() - _TOUCH_SECONDS:
+            os.utime(place, ns=(time.time_ns(), found.st_mtime_ns))  # the time of change stays, by which it is known
+        return str(place)
+
     def size(self) -> CacheSize:
         """Count what is there."""
-        frames = [size for _, size, path in _entries(self.folder / "frames") if not path.endswith(".tmp")]
-        return CacheSize(len(frames), sum(frames), sum(1 for _ in _entries(self.folder / "files")))
+        frames, files, fetched = (
+            [size for _, size, path in _entries(self.folder / kind) if not path.endswith(".tmp")] for kind in _KINDS
+        )
+        return CacheSize(len(frames), sum(frames) + sum(fetched), len(files), len(fetched))
 
     def clear(self) -> CacheSize:
         """Remove all entries; what they were."""
         size = self.size()
-        for kind in ("frames", "files"):
+        for kind in _KINDS:
             for _, _, path in list(_entries(self.folder / kind)):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(path)
@@ -290,7 +314,7 @@ def open_cache(folder: str | None, gib: float | None, log: Callable[[str], None]
         log(without.format(f"its folder cannot be used ({error})"))
         return None
     log(
-        f"Frame cache: {place}, {size.clips} clips in {size.bytes / GIB:.2f} GiB, may grow to {cache.limit / GIB:.1f} "
+        f"Frame cache: {place}, {size}, may grow to {cache.limit / GIB:.1f} "
         "GiB (about 6 KiB a visual token). `video_cache: false` turns it off."
     )
     return cache

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from ..media import Clip
+from ..media import Clip, is_address
 from .cache import GIB, FrameCache, content_hash, frame_key
 from .damage import count_by_decoding
 from .decode import DisagreementError, decode_frames, resize_frame
@@ -127,7 +127,8 @@ class ClipReader:
         sampling: the recipe's; a clip's own settings override it.
         cache: of decoded frames; None: each clip is decoded whenever it is read.
         timeout: seconds that reading one clip may take; None: any time.
-        remote: bytes that a clip may have which comes as a stream.
+        remote: bytes that a clip may have which comes as a stream or is fetched.
+        may_fetch: fetch clips and pictures at addresses, into the cache.
         threads: for the decoder; None: a fair share of the machine's cores, at most 4.
     """
 
@@ -138,15 +139,16 @@ class ClipReader:
         timeout: float | None = 300.0,
         threads: int | None = None,
         remote: int = 2 * GIB,
+        may_fetch: bool = False,
     ) -> None:
         self.sampling, self.cache, self.timeout, self.threads = sampling, cache, timeout, threads
-        self.remote = remote
+        self.remote, self.may_fetch = remote, may_fetch
         self._files: dict[str, VideoFile] = {}
         self._packets: dict[tuple[str, tuple[int, int]], Packets] = {}
         self._uploads: WeakKeyDictionary[Any, DecodedClip] = WeakKeyDictionary()
 
     def __reduce__(self) -> tuple:
-        return ClipReader, (self.sampling, self.cache, self.timeout, self.threads, self.remote)
+        return ClipReader, (self.sampling, self.cache, self.timeout, self.threads, self.remote, self.may_fetch)
 
     def plan(self, video: Any) -> PlannedClip:
         """What is shown of a clip, without decoding it.
@@ -159,7 +161,8 @@ class ClipReader:
         """
         clip = self._seekable(as_clip(video))
         with _naming(clip):
-            return self._plan(clip, *self._file(clip))
+            local = self._local(clip)
+            return replace(self._plan(local, *self._file(local)), clip=clip)
 
     def decode(self, planned: PlannedClip) -> DecodedClip:
         """The frames of a plan.
@@ -168,10 +171,10 @@ class ClipReader:
             OutdatedPlan: if the file yields others, so that the prompt has to be built anew.
             ClipError: naming the clip, if it cannot be decoded.
         """
-        clip, file = planned.clip, planned.file
-        with _naming(clip):
+        with _naming(planned.clip):
+            clip, file = self._local(planned.clip), planned.file
             try:
-                return DecodedClip(planned.plan, self._frames(planned))
+                return DecodedClip(planned.plan, self._frames(replace(planned, clip=clip)))
             except DisagreementError as error:
                 assert file is not None  # pictures have nothing to disagree with
                 if isinstance(clip.path, str) and file_stamp(clip.path) != file.stamp:
@@ -180,7 +183,7 @@ class ClipReader:
                     raise ClipError(f"decodes differently each time ({error}); is it damaged?") from error
                 else:
                     anew = self._count(clip, file), None
-                raise OutdatedPlan(self._plan(clip, *anew)) from error
+                raise OutdatedPlan(replace(self._plan(clip, *anew), clip=planned.clip)) from error
 
     def read(self, video: Any) -> DecodedClip:
         """A clip's plan and its frames, which agree.
@@ -215,7 +218,7 @@ class ClipReader:
             ClipError: naming the clip, if it cannot be decoded.
         """
         with _naming(planned.clip):
-            key = self._key(planned)
+            key = self._key(replace(planned, clip=self._local(planned.clip)))
         if key is not None and self.cache.holds(key):
             return False
         self.read(planned.clip)
@@ -223,8 +226,35 @@ class ClipReader:
 
     def note(self, clip: Clip) -> str:
         """What a person should know of a clip's file that was read before, such as how much of it is lost."""
-        known = self._files.get(clip.path) if isinstance(clip.path, str) else None
+        path = self._local(clip).path
+        known = self._files.get(path) if isinstance(path, str) else None
         return "" if known is None else known.note
+
+    def at_hand(self, picture: Any) -> Any:
+        """A picture, or the file that holds the one at an address.
+
+        Raises:
+            ClipError: if it cannot be fetched.
+        """
+        if not is_address(picture):
+            return picture
+        with _naming(Clip(picture)):
+            return self._fetched(picture)
+
+    def _local(self, clip: Clip) -> Clip:
+        """The clip, with files in place of addresses."""
+        if clip.frames:
+            if any(map(is_address, clip.frames)):
+                return replace(clip, frames=tuple(self._fetched(f) if is_address(f) else f for f in clip.frames))
+            return clip
+        return replace(clip, path=self._fetched(clip.path)) if is_address(clip.path) else clip
+
+    def _fetched(self, address: str) -> str:
+        if not self.may_fetch:
+            raise ClipError("is an address; with `remote_media: true` it is fetched, once, into the cache")
+        if self.cache is None:
+            raise ClipError("is an address, and there is no cache to fetch it into; set `video_cache: true`")
+        return self._limited(lambda: self.cache.fetch(address, self.remote, self.timeout), "its server hangs")
 
     def _seekable(self, clip: Clip) -> Clip:
         stream = clip.path
