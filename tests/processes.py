@@ -11,6 +11,7 @@ import resource
 import runpy
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -49,6 +50,19 @@ def _call(words: list[str], env: dict[str, str], folder: str) -> None:
         return
     sys.argv = [str(BIN / words[0]), *words[1:]]
     runpy.run_path(sys.argv[0], run_name="__main__")  # the script that pip installed, up to its exit status
+
+
+def run_anew(*command: str, stdin: str = "", **env: str) -> subprocess.CompletedProcess:
+    """In an interpreter that has imported nothing, as a person starts it."""
+    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", **env}
+    return subprocess.run(
+        [str(BIN / command[0]), *command[1:]],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
 
 
 def run(*words: str, stdin: str = "", **env: str) -> SimpleNamespace:

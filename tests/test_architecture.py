@@ -13,15 +13,16 @@ ROOT = Path(llamafactory_video.__file__).parent
 ROOMS = {
     "media": set(),
     "digest": set(),
+    "words": set(),
     "families": set(),
-    "records": {"media", "digest"},
+    "records": {"media", "digest", "words"},
     "video": {"media", "digest"},
     "prompt": {"media", "families", "records", "video"},
     "model": {"media", "families", "records", "video", "prompt"},
     "train": {"media", "families", "records", "prompt", "model"},
-    "serve": {"media", "records", "video", "prompt", "model"},
-    "host": {"media", "families", "records", "video", "prompt", "train", "model", "serve", ""},
-    "tools": {"media", "records", "video", "prompt", "model", "host"},
+    "serve": {"media", "words", "records", "video", "prompt", "model"},
+    "host": {"media", "words", "families", "records", "video", "prompt", "train", "model", "serve", ""},
+    "tools": {"media", "records", "video", "prompt", "model", "host", "demo"},
     "demo": set(),
     "": {"host", "model"},
 }
@@ -29,6 +30,7 @@ ROOMS = {
 FOREIGN = {
     "media": {"torch", "transformers", "llamafactory", "datasets", "av"},
     "digest": {"torch", "transformers", "llamafactory", "datasets", "av"},
+    "words": {"torch", "transformers", "llamafactory", "datasets", "av"},
     "families": {"torch", "transformers", "llamafactory", "datasets", "av"},
     "records": {"torch", "transformers", "llamafactory", "av"},
     "video": {"transformers", "llamafactory", "datasets"},

@@ -1,9 +1,7 @@
 """The commands as a person runs them: train, kill and resume, several processes, chat, check."""
 
 import json
-import os
 import shutil
-import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,20 +9,7 @@ import pytest
 import yaml
 from conftest import write_clip
 from llamafactory_video.demo.tiny_model import save_tiny_model
-from processes import BIN, Run, run
-
-
-def run_anew(*command: str, stdin: str = "", **env: str) -> subprocess.CompletedProcess:
-    """In an interpreter that has imported nothing, as a person starts it."""
-    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", **env}
-    return subprocess.run(
-        [str(BIN / command[0]), *command[1:]],
-        input=stdin,
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
-    )
+from processes import Run, run, run_anew
 
 
 @pytest.fixture(scope="module")

@@ -271,7 +271,7 @@ def test_all_problems_of_a_record_are_listed():
 
 def test_what_is_not_quite_json_is_named():
     assert read_json('{"a": 1, "a": 2}')[1] == ['the key "a" stands twice in one object']
-    assert read_json("[NaN]")[1] == ["NaN is not JSON"]
+    assert read_json("[NaN]")[1] == ["[0] is NaN, which is no JSON; write null"]
     assert read_json("[1e999]") == ([float("inf")], [])
     assert read_json('{"a"')[1] == ["not JSON: Expecting ':' delimiter at character 4"]
 

@@ -35,7 +35,7 @@ def test_other_models_are_named():
 def test_a_family_that_cannot_pack_says_so(monkeypatch):
     monkeypatch.setitem(families.FAMILIES, "qwen3_vl", replace(families.QWEN3_VL, packs=False))
     model = SimpleNamespace(config=SimpleNamespace(model_type="qwen3_vl"))
-    loader = SimpleNamespace(load_model=lambda *args, **kwargs: model)
+    loader = SimpleNamespace(load_model=lambda *args, **kwargs: model, load_tokenizer=None)
     extend_model_loader(loader)
     arguments = SimpleNamespace(video_template=True, block_diag_attn=False)
     assert loader.load_model(None, arguments, None) is model

@@ -84,7 +84,7 @@ BROKEN = {
     "rest": ("[]\n[]", "record 1 (line 2): record: '[' after the end of the array"),
     "comma": ('[{"a": 1},]', "record 2 (line 1): record: a comma before the closing bracket"),
     "key twice": ('[{"a": 1, "a": 2}]', 'the key "a" stands twice in one object'),
-    "nan": ('{"a": NaN}', "NaN is not JSON"),
+    "nan": ('{"a": NaN}', "a is NaN, which is no JSON; write null"),
     "surrogate": ('[{"a": "\\ud800"}]', "holds half a surrogate pair"),
     "nothing": ("", "no records in it"),
     "deep": ("[" * 100_000, "nested too deeply"),

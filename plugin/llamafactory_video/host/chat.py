@@ -1,5 +1,6 @@
 """Clips named in lines typed into `llamafactory-cli chat`."""
 
+import os
 import re
 from types import ModuleType
 from typing import Any
@@ -22,7 +23,10 @@ def take_inline_media(messages: list[dict[str, str]]) -> tuple[list[dict[str, st
     paths: dict[str, list[str]] = {"video": [], "image": []}
 
     def place(match: re.Match) -> str:
-        paths[match[1]].append(match[2].strip().removeprefix("file://"))
+        path = match[2].strip()
+        quoted = len(path) > 1 and path[0] == path[-1] and path[0] in "\"'"
+        path = (path[1:-1] if quoted else path).removeprefix("file://")
+        paths[match[1]].append(os.path.expanduser(path))
         return f"<{match[1]}>"
 
     taken = []

@@ -10,7 +10,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..video.dialects import LLAMAFACTORY_DEFAULTS
-from ..words import meant
+from ..words import meant, nearest
 
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 _ABOVE_0 = (
@@ -24,6 +24,7 @@ _ABOVE_0 = (
         "lora_rank",
     ),
 )
+_FEW_WORDS = 12
 _AT_LEAST_0 = ("skip_wrong_share", "answer_json_indent", "vision_tower_lr", "mm_projector_lr")
 
 
@@ -52,14 +53,18 @@ def check_value(name: str, value: Any, hint: Any) -> None:
     words = [word for option in options if get_origin(option) is Literal for word in get_args(option)]
     kinds = [option for option in options if get_origin(option) is not Literal]
     if words and all(kind is str for kind in kinds):
-        # YAML reads the word no as false.
-        wanted, right = f"one of {', '.join(map(str, words))}", value in words or (value is False and "no" in words)
+        near = nearest(value, words) if isinstance(value, str) else None
+        wanted = (
+            "one of the known ones" if near and len(words) > _FEW_WORDS else f"one of {', '.join(map(str, words))}"
+        )
+        right = value in words or (value is False and "off" in words)  # what YAML makes of that word
     elif kinds and not words and all(kind in (bool, int, float) for kind in kinds):
         wanted = " or ".join(_KINDS[kind] for kind in kinds)
         right = isinstance(value, bool) and bool in kinds
         if isinstance(value, int | float) and not isinstance(value, bool):
-            right = float in kinds or (int in kinds and isinstance(value, int))
-    elif kinds == [str] and name in texts():
+            # LLaMA-Factory takes a part of a whole for some of its whole numbers.
+            right = float in kinds or (int in kinds and (isinstance(value, int) or name not in own_keys()))
+    elif kinds == [str] and name in own_keys():
         wanted, right = _KINDS[str], isinstance(value, str)
     else:
         return
@@ -72,26 +77,19 @@ def check_value(name: str, value: Any, hint: Any) -> None:
     found, advice = str(value), ""
     if isinstance(value, str):
         found = f'the text "{value}"'
-        advice = "; YAML reads 1e-6 as text; write 1.0e-6" if float in kinds and _looks_like_a_number(value) else ""
+        advice = "; YAML reads 1e-6 as text; write 1.0e-6" if float in kinds and value[:1].isdigit() else ""
         advice = meant(value, words) if words else advice
     elif isinstance(value, bool) or value is None:
         found = str(value).lower() if value is not None else "nothing"
+        advice = '; YAML reads the word no as false; write "no"' if value is False and "no" in words else ""
     raise ValueError(f"{name} must be {wanted}; found {found}{advice}")
 
 
 @functools.cache
-def texts() -> frozenset[str]:
-    """The keys of the plugin that are texts."""
-    hints = get_type_hints(VideoModelKeys) | get_type_hints(VideoDataKeys) | get_type_hints(VideoFinetuningKeys)
-    return frozenset(name for name, hint in hints.items() if str in (hint, *get_args(hint)))
-
-
-def _looks_like_a_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+def own_keys() -> frozenset[str]:
+    """The keys of the plugin."""
+    classes = (VideoModelKeys, VideoDataKeys, VideoFinetuningKeys)
+    return frozenset(f.name for cls in classes for f in fields(cls) if f.init)
 
 
 @dataclass

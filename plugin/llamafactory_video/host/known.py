@@ -1,17 +1,21 @@
-"""The keys that a recipe may have, as the sources of LLaMA-Factory and transformers state them; neither is imported.
+"""What a recipe may name: keys, as the sources of LLaMA-Factory and transformers state them without being imported; data sets.
 
 So a wrong key or value is told in the first seconds, and once, not by each of eight processes.
 """
 
 import ast
 import functools
+import json
+import os
+import re
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Optional, Union, get_type_hints
 
-from ..words import meant
-from .keys import VideoDataKeys, VideoFinetuningKeys, VideoModelKeys, check_value
+from ..words import meant, nearest
+from .core import TEMPLATE, THINKING_TEMPLATE, is_ours
+from .keys import VideoDataKeys, VideoFinetuningKeys, VideoModelKeys, check_value, listed
 
 _ARGUMENTS = {
     "llamafactory": ("hparams/*.py",),
@@ -21,6 +25,7 @@ _ENUMS = {
     "llamafactory": ("extras/constants.py",),
     "transformers": ("training_args.py", "trainer_utils.py"),
 }
+_FILES = ("deepspeed", "fsdp_config")
 _OURS = (VideoModelKeys, VideoDataKeys, VideoFinetuningKeys)
 
 
@@ -46,6 +51,16 @@ def _enums() -> dict[str, Any]:
 
 def _is_text(node: ast.expr) -> bool:
     return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+def _reporters() -> list[str]:
+    """What transformers reports to, as `report_to` names it."""
+    folder = Path(next(iter(find_spec("transformers").submodule_search_locations)))
+    source = (folder / "integrations" / "integration_utils.py").read_text(encoding="utf-8")
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "INTEGRATION_TO_CALLBACK":
+            return [key.value for key in node.value.keys]
+    return []
 
 
 @functools.cache
@@ -85,3 +100,49 @@ def check_given(given: Mapping[str, Any]) -> None:
         raise ValueError(f"unknown key {', '.join(unknown)}")
     for name, value in given.items():
         check_value(name, value, known[name])
+    for name in _FILES:
+        if isinstance(file := given.get(name), str) and file.endswith(".json") and not os.path.isfile(file):
+            folder = os.path.dirname(file) or "."
+            others = os.listdir(folder) if os.path.isdir(folder) else []
+            raise ValueError(f"{name}: no file {file}{meant(os.path.basename(file), others)}")
+    for tool in listed(report) if isinstance(report := given.get("report_to"), str) else ():
+        check_value("report_to", tool, Literal[("none", "all", *_reporters())])
+
+
+def check_datasets(dataset_dir: Any, *given: Any, must_be_there: bool = False) -> None:
+    """See that data sets are in dataset_info.json, where it is a file.
+
+    Args:
+        must_be_there: whether it has to be one.
+        given: names with commas between them, or lists of names.
+
+    Raises:
+        ValueError: naming the first that is not, beside those that are.
+    """
+    names = [name for each in given for name in (listed(each) if isinstance(each, str) else each or ())]
+    if not names or not isinstance(dataset_dir, str) or dataset_dir == "ONLINE" or dataset_dir.startswith("REMOTE:"):
+        return
+    file = Path(dataset_dir, "dataset_info.json")
+    if not file.is_file() and not must_be_there:
+        return
+    if not file.is_file():
+        raise ValueError(f"dataset_dir: no file {file}, which would name the data set {names[0]}")
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON ({error})") from error
+    for name in names:
+        if name not in known:
+            raise ValueError(f"no data set {name} in {file}{meant(name, known)}; it has {', '.join(known) or 'none'}")
+
+
+def check_template(given: Any) -> None:
+    """See that it is not a slip in the name of one of our templates; others are LLaMA-Factory's to judge.
+
+    Raises:
+        ValueError: naming the one that is meant.
+    """
+    source = Path(next(iter(find_spec("llamafactory").submodule_search_locations)), "data", "template.py")
+    known = [TEMPLATE, THINKING_TEMPLATE, *re.findall(r'name="([^"]+)"', source.read_text(encoding="utf-8"))]
+    if isinstance(given, str) and given not in known and is_ours(near := nearest(given, known)):
+        raise ValueError(f"there is no template {given}; is {near} meant?")

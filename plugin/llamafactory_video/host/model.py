@@ -8,6 +8,7 @@ from typing import Any
 from transformers import Qwen3VLProcessor
 
 from ..families import FAMILIES, family_of
+from ..model.loading import config_of
 from ..model.processor import SamplingProcessor, add_trained_tokens, apply_to_processor, trained_contract
 from ..video.cache import GIB, open_cache
 from ..video.contract import difference
@@ -65,7 +66,17 @@ def extend_patcher(patcher: ModuleType) -> None:
 
 def extend_model_loader(loader: ModuleType) -> None:
     """The projector is all that is named merger, as in the official trainer; stock counts deepstack as vision."""
-    stock = loader.load_model
+    stock, stock_tokenizer = loader.load_model, loader.load_tokenizer
+
+    def load_tokenizer(model_args: Any) -> Any:
+        try:
+            return stock_tokenizer(model_args)
+        except OSError as error:
+            if not is_ours(model_args):
+                raise
+            config_of(model_args.model_name_or_path)  # says more of a model that is not there
+            reason = " ".join(str(error.__cause__ or error).split())
+            raise ValueError(f"{model_args.model_name_or_path}: its tokenizer cannot be loaded. {reason}") from error
 
     def load_model(tokenizer: Any, model_args: Any, finetuning_args: Any, *args: Any, **kwargs: Any) -> Any:
         if not is_ours(model_args):
@@ -88,3 +99,4 @@ def extend_model_loader(loader: ModuleType) -> None:
         return model
 
     replace_everywhere(loader, "load_model", load_model)
+    replace_everywhere(loader, "load_tokenizer", load_tokenizer)

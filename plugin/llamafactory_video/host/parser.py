@@ -1,21 +1,23 @@
 """The plugin's keys in LLaMA-Factory's parser, and checks of a recipe before anything is loaded."""
 
 import ast
-import difflib
+import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ..words import meant
 from .core import TEMPLATE, is_ours, replace_everywhere
+from .known import check_datasets, check_given, check_template, known_keys
 
 
 def extend_parser(parser: ModuleType) -> None:
     """The YAML keys of keys.py, and a check that they go with the template."""
-    from dataclasses import dataclass, fields
+    from dataclasses import dataclass
 
     from .keys import VideoDataKeys, VideoFinetuningKeys, VideoModelKeys, check_keys
 
@@ -50,30 +52,33 @@ def extend_parser(parser: ModuleType) -> None:
     for cls in extended.values():
         replace_everywhere(parser, cls.__name__, cls)
 
-    known = {f.name for cls in (*parser._TRAIN_ARGS, *parser._INFER_ARGS, *parser._EVAL_ARGS) for f in fields(cls)}
     environment: dict[str, str | None] = {}  # what variables were before a parse set them
+    ours = is_on_cpu = False  # whether the recipe that was parsed last is for our templates; and for a CPU
+    parser.logger.addFilter(lambda record: not (is_on_cpu and "mixed precision training" in record.getMessage()))
 
     def checked(parse: Callable) -> Callable:
         def parse_and_check(args: Any = None) -> tuple:
+            nonlocal ours, is_on_cpu
             for name, value in environment.items():  # a run before this one in the same process, in a notebook say
                 os.environ.pop(name, None)
                 if value is not None:
                     os.environ[name] = value
             environment.clear()
-            if isinstance(args, dict) and args.get("fsdp") and is_ours(args.get("template")):
-                before = dict(os.environ)
-                try:
-                    _prepare_fsdp(args)
-                    parsed = parse(args)
-                finally:
-                    changed = [n for n in os.environ if n.startswith(_FSDP) and os.environ[n] != before.get(n)]
-                    environment.update({name: before.get(name) for name in changed})
-            else:
-                try:
-                    parsed = parse(args)
-                except ValueError as error:
-                    _explain_keys(error, known)
-                    raise
+            args = parser.read_args(args)
+            ours = isinstance(args, dict) and is_ours(args.get("template"))
+            check_template(args.get("template") if isinstance(args, dict) else None)
+            is_on_cpu = False
+            with contextlib.ExitStack() as during:
+                if ours:
+                    extra = parser.is_env_enabled("ALLOW_EXTRA_ARGS")
+                    check_given({name: args[name] for name in args if not extra or name in known_keys()})
+                    args = _for_this_machine(args, parser.logger.warning_rank0)
+                    is_on_cpu = bool(args.get("use_cpu"))
+                    if args.get("fsdp"):
+                        during.enter_context(_fsdp(args, environment))
+                else:
+                    during.enter_context(_explaining_keys())
+                parsed = parse(args)
             finetuning_args = next(p for p in parsed if hasattr(p, "finetuning_type"))
             ours = is_ours(parsed[1].template)
             parsed[0].video_template = finetuning_args.video_template = ours
@@ -91,7 +96,7 @@ def extend_parser(parser: ModuleType) -> None:
                 check_deepspeed(training_args.deepspeed, finetuning_args)
             if ours:
                 training = next((p for p in parsed if hasattr(p, "do_train")), None)
-                _check_datasets(parsed[1])
+                check_datasets(parsed[1].dataset_dir, parsed[1].dataset, parsed[1].eval_dataset)
                 _check_folders(parser.logger, parsed[0], training, finetuning_args)
             return parsed
 
@@ -99,6 +104,20 @@ def extend_parser(parser: ModuleType) -> None:
 
     for name in ("_parse_train_args", "_parse_infer_args", "_parse_eval_args"):
         replace_everywhere(parser, name, checked(getattr(parser, name)))
+
+    def telling(get: Callable) -> Callable:
+        def get_and_tell(args: Any = None) -> tuple:
+            try:
+                return get(args)
+            except (ValueError, AssertionError, OSError) as error:
+                if ours:  # then it is an error of ours, for a person (see start.py)
+                    raise ValueError(str(error)) from error
+                raise
+
+        return get_and_tell
+
+    for name in ("get_train_args", "get_infer_args"):
+        replace_everywhere(parser, name, telling(getattr(parser, name)))
 
     stock_last_checkpoint = parser.get_last_checkpoint
 
@@ -112,39 +131,45 @@ def extend_parser(parser: ModuleType) -> None:
     replace_everywhere(parser, "get_last_checkpoint", get_last_checkpoint)
 
 
-def _explain_keys(error: ValueError, known: Collection[str]) -> None:
+@contextlib.contextmanager
+def _explaining_keys() -> Iterator[None]:
     """Say which key is meant by one that is misspelt; the parser of transformers lists it alone."""
-    found = re.search(r"Some keys are not used by the HfArgumentParser: (\[.*\])", str(error))
-    if found is None:
-        return
-    told = [f"{name}{_meant(name, known)}" for name in ast.literal_eval(found[1])]
-    raise ValueError(f"unknown key {', '.join(told)}") from error
+    try:
+        yield
+    except ValueError as error:
+        found = re.search(r"Some keys are not used by the HfArgumentParser: (\[.*\])", str(error))
+        if found is None:
+            raise
+        told = [f"{name}{meant(name, known_keys())}" for name in ast.literal_eval(found[1])]
+        raise ValueError(f"unknown key {', '.join(told)}") from error
 
 
-def _meant(name: str, known: Collection[str]) -> str:
-    near = difflib.get_close_matches(name, known, 1, 0.7)
-    return f"; is {near[0]} meant?" if near else ""
+def _for_this_machine(args: dict[str, Any], log: Callable[[str], None]) -> dict[str, Any]:
+    """A training recipe on a machine without a GPU: in float32 on the CPU, so that data and steps can be tried there."""
+    import torch
+
+    asks = not args.get("use_cpu") and (args.get("do_train") or args.get("do_predict"))
+    if torch.accelerator.is_available() or not asks:
+        return args
+    spread = () if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ("deepspeed", "fsdp", "fsdp_config")
+    dropped = [name for name in (*_ON_GPU, *spread) if args.get(name)]
+    log(f"No GPU is found: this runs on the CPU in float32{', without ' if dropped else ''}{', '.join(dropped)}.")
+    return {**{name: value for name, value in args.items() if name not in dropped}, "use_cpu": True}
 
 
-def _check_datasets(data_args: Any) -> None:
-    """Names of data sets that dataset_info.json does not have are told beside those that it has."""
-    if not isinstance(data_args.dataset_dir, str) or not os.path.isdir(data_args.dataset_dir):
-        return
-    file = Path(data_args.dataset_dir, "dataset_info.json")
-    names = [*(data_args.dataset or ()), *(data_args.eval_dataset or ())]
-    if not names or not file.is_file():
-        return
-    known = json.loads(file.read_text(encoding="utf-8"))
-    for name in names:
-        if name not in known:
-            raise ValueError(f"no data set {name} in {file}{_meant(name, known)}; it has {', '.join(known) or 'none'}")
-
-
+# Keys of arithmetic and kernels that a CPU lacks, or is slower with.
+_ON_GPU = ("bf16", "fp16", "pure_bf16", "tf32", "enable_liger_kernel", "use_liger_kernel")
 _FSDP = ("FSDP_", "ACCELERATE_USE_FSDP")  # how variables begin that set up FSDP, by us or by transformers
 
 
-def _prepare_fsdp(args: dict[str, Any]) -> None:
-    """What `accelerate launch` sets for FSDP, and LLaMA-Factory and accelerate read before they read the recipe."""
+@contextlib.contextmanager
+def _fsdp(args: dict[str, Any], environment: dict[str, str | None]) -> Iterator[None]:
+    """What `accelerate launch` sets for FSDP, and LLaMA-Factory and accelerate read before they read the recipe.
+
+    Args:
+        environment: takes the variables that were set, as they were before.
+    """
+    before = dict(os.environ)
     config = args.get("fsdp_config") or {}
     if isinstance(config, str):
         config = json.loads(Path(config).read_text(encoding="utf-8"))
@@ -153,16 +178,32 @@ def _prepare_fsdp(args: dict[str, Any]) -> None:
     variables = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": version, "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
     for name, value in variables.items():
         os.environ.setdefault(name, str(value))
+    try:
+        yield
+    finally:
+        changed = [n for n in os.environ if n.startswith(_FSDP) and os.environ[n] != before.get(n)]
+        environment.update({name: before.get(name) for name in changed})
 
 
 def _check_folders(logger: Any, model_args: Any, training_args: Any, finetuning_args: Any) -> None:
     """A folder that is missing is not asked of the hub; one that holds another run, or cannot be written, is said."""
-    from ..model.loading import check_folder
+    from ..model.loading import base_of, check_folder
 
     for path in (model_args.model_name_or_path, *(model_args.adapter_name_or_path or ())):
         if not path:
             raise ValueError("model_name_or_path is empty; give the folder of a model, or the name of one on the hub")
         check_folder(path)
+    adapter, base = model_args.model_name_or_path, base_of(model_args.model_name_or_path)
+    if base is not None:
+        if not base or (training_args is not None and training_args.do_train):
+            raise ValueError(
+                f"model_name_or_path: {adapter} holds an adapter of {base or 'a model that it does not name'}; give that model "
+                f"there, and `adapter_name_or_path: {adapter}`"
+            )
+        logger.info_rank0(f"{adapter} is an adapter of {base}.")
+        check_folder(base)
+        model_args.model_name_or_path, finetuning_args.finetuning_type = base, "lora"
+        model_args.adapter_name_or_path = [adapter, *(model_args.adapter_name_or_path or ())]
     if training_args is None:
         return
     folder = Path(training_args.output_dir)

@@ -105,7 +105,10 @@ TABLE: dict[str, tuple[dict[str, str], str | None]] = {
         },
         None,
     ),
-    "llamafactory.model.loader": ({"load_model": "tokenizer model_args finetuning_args"}, "model.extend_model_loader"),
+    "llamafactory.model.loader": (
+        {"load_model": "tokenizer model_args finetuning_args", "load_tokenizer": "model_args"},
+        "model.extend_model_loader",
+    ),
     "llamafactory.train.trainer_utils": (
         {"create_custom_optimizer": "model training_args finetuning_args", "logger": ""},
         "train.extend_optimizer",

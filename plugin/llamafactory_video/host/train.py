@@ -26,6 +26,8 @@ def extend_trainer(trainer: ModuleType) -> None:
         hold: Any = None  # what holds the answers of a batch to a JSON Schema, made for each
 
         def prediction_step(self, model: Any, inputs: Any, *args: Any, **given: Any) -> Any:
+            if is_ours(self.finetuning_args) and self._gen_kwargs.get("max_new_tokens"):
+                self._gen_kwargs.pop("max_length", None)  # which it stands over, and is warned of with each batch
             if self.hold is not None and self.args.predict_with_generate:
                 given = {**self._gen_kwargs, **given, "logits_processor": self.hold(inputs["input_ids"])}
             return super().prediction_step(model, inputs, *args, **given)

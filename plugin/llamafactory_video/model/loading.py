@@ -33,7 +33,7 @@ def check_folder(name: str) -> None:
         raise ValueError(f"no folder {name}; give the folder of a model or adapter, or the name of one on the hub")
 
 
-def _base_of(folder: str) -> str | None:
+def base_of(folder: str) -> str | None:
     """The model of an adapter's folder; None if it is no adapter's."""
     file = Path(folder, "adapter_config.json")
     if not file.is_file() or Path(folder, "config.json").is_file():
@@ -41,7 +41,12 @@ def _base_of(folder: str) -> str | None:
     return json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path") or ""
 
 
-def _config(name: str) -> Any:
+def config_of(name: str) -> Any:
+    """A model's config.
+
+    Raises:
+        ValueError: saying why there is none.
+    """
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -90,7 +95,7 @@ def load_model(
     adapters = list(adapters)
     for name in (model, *adapters):
         check_folder(name)
-    base = _base_of(model)
+    base = base_of(model)
     if base is not None:
         if not base or (base.startswith(("/", ".")) and not Path(base).is_dir()):
             raise ValueError(
@@ -102,7 +107,7 @@ def load_model(
     for name in adapters:
         if saved_file(name, "adapter_config.json") is None:
             raise ValueError(f"{name} has no adapter_config.json; an adapter's folder is needed")
-    config = _config(model)
+    config = config_of(model)
     family_of(config)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     kind = DTYPES[dtype] if dtype else torch.float32 if device.startswith("cpu") else torch.bfloat16

@@ -1,6 +1,5 @@
 """The clips and fields of a record, checked."""
 
-import difflib
 import functools
 import itertools
 import math
@@ -70,13 +69,6 @@ VIDEO_FILES = frozenset(
 def is_video_name(path: str) -> bool:
     """Whether a name ends as those of video files do; pictures may be GIFs too, and are not meant."""
     return os.path.splitext(path)[1].lower() in VIDEO_FILES - {".gif"}
-
-
-@functools.lru_cache(maxsize=4096)
-def misspelt(key: str, known: tuple[str, ...]) -> str | None:
-    """The known name that a key differs from by a slip; other fields a record may have as it likes."""
-    close = difflib.get_close_matches(key, known, 1, 0.8)
-    return close[0] if close and abs(len(close[0]) - len(key)) <= 1 else None
 
 
 class ClipParser:

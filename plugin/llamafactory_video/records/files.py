@@ -1,7 +1,6 @@
 """Annotation files -> their records, read as a stream; and the files that records name."""
 
 import codecs
-import difflib
 import gzip
 import json
 import os
@@ -10,9 +9,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..words import nearest
 from .json_text import RecordDecoder, json_text, read_json
 from .report import DatasetError, RawRecord
 
+_EXPLAINED = 100  # missing files; more than are printed
 _CHUNK = 4 << 20  # characters read from a file at a time
 
 
@@ -187,7 +188,7 @@ def _read_array(file: Path) -> Iterator[RawRecord]:
                     return
             refill()
         text = buffer[position:end]
-        problems = decoder.problems
+        problems = decoder.wrong(value)
         if not problems and "\\u" in text:
             problems = read_json(text)[1]
         yield RawRecord(file, number, line, value, "; ".join(problems) or None)
@@ -251,6 +252,7 @@ class MediaFinder:
     def __init__(self, media_dir: str, remote: bool = False) -> None:
         self.media_dir, self.remote = media_dir, remote
         self._listings: dict[str, frozenset[str]] = {}
+        self._explained = 0
 
     def _is_file(self, path: str) -> bool:
         folder, name = os.path.split(path)
@@ -270,16 +272,19 @@ class MediaFinder:
         return next((place for place in (os.path.join(self.media_dir, path), path) if self._is_file(place)), None)
 
     def explain(self, path: str) -> str:
-        """Why there is no such file, for a person."""
-        for name in (path, *_other_spellings(path)):
-            for place in (os.path.join(self.media_dir, name), name):
+        """Why there is no such file, for a person; of many, of the first ones, since it asks the disk often."""
+        folder, name = os.path.split(os.path.join(self.media_dir, path))
+        self._explained += 1
+        if self._explained > _EXPLAINED:
+            return f"looked in {folder or '.'}"
+        for spelled in (path, *_other_spellings(path)):
+            for place in (os.path.join(self.media_dir, spelled), spelled):
                 if os.path.isdir(place):
                     return f"{place} is a folder; list its pictures in `frames`"
-        folder, name = os.path.split(os.path.join(self.media_dir, path))
         if not os.path.isdir(folder or "."):
             return f"there is no folder {folder}"
-        near = difflib.get_close_matches(name, self._listings.get(folder, ()), 1, 0.8)
-        return f"is {near[0]} in {folder or '.'} meant?" if near else f"looked in {folder or '.'}"
+        near = nearest(name, self._listings.get(folder, ()))
+        return f"is {near} in {folder or '.'} meant?" if near else f"looked in {folder or '.'}"
 
 
 def _other_spellings(path: str) -> list[str]:

@@ -1,6 +1,7 @@
 """JSON as its author wrote it: numbers, keys and their order stay as they are."""
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -18,15 +19,32 @@ class RawNumber(float):
         return RawNumber, (self.text,)
 
 
+class _Constant(str):
+    """What Python's json writes for numbers that JSON does not have: NaN, Infinity, -Infinity."""
+
+
+def _constants(value: Any, path: str) -> Iterator[tuple[str, str]]:
+    """Where they stand in a value, and which."""
+    if isinstance(value, _Constant):
+        yield path, str(value)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _constants(item, f"{path}.{key}" if path else key)
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from _constants(item, f"{path}[{number}]")
+
+
 class RecordDecoder(json.JSONDecoder):
     """Reads JSON values, numbers as `RawNumber`.
 
     What is not JSON and yet can be read past (NaN, a key twice in one object) goes into `problems`, so that one wrong
-    record does not hide those after it.
+    record does not hide those after it; where it stands is told by `wrong`.
     """
 
     def __init__(self) -> None:
         self.problems: list[str] = []
+        self._has_constants = False
         super().__init__(
             parse_float=RawNumber,
             parse_int=RawNumber,
@@ -34,8 +52,19 @@ class RecordDecoder(json.JSONDecoder):
             object_pairs_hook=self._unique_keys,
         )
 
-    def _constant(self, name: str) -> None:
-        self.problems.append(f"{name} is not JSON")
+    def _constant(self, name: str) -> "_Constant":
+        self._has_constants = True
+        return _Constant(name)
+
+    def wrong(self, value: Any) -> list[str]:
+        """What is wrong with a value that this decoder has read since `problems` was emptied."""
+        constants = []
+        if self._has_constants:
+            constants = [
+                f"{path or 'it'} is {name}, which is no JSON; write null" for path, name in _constants(value, "")
+            ]
+        self._has_constants = False
+        return [*self.problems, *constants]
 
     def _unique_keys(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = dict(pairs)
@@ -54,7 +83,7 @@ def read_json(text: str) -> tuple[Any, list[str]]:
         # A lone surrogate (\ud800) is JSON, but no text: it could be neither stored nor tokenized.
         if "\\u" in text:
             json_text(value).encode()
-        return value, decoder.problems
+        return value, decoder.wrong(value)
     except UnicodeEncodeError:
         return None, ["holds half a surrogate pair (\\ud800 … \\udfff), which is no character"]
     except RecursionError:

@@ -26,7 +26,8 @@ from ..media import (
     Conversation,
     strip_around_placeholders,
 )
-from .clips import ClipParser, Problem, RecordKeys, misspelt
+from ..words import slip_of
+from .clips import ClipParser, Problem, RecordKeys
 from .json_text import json_text, quote, read_json
 
 # Fields of a turn that are read, or that say nothing of what is trained.
@@ -42,7 +43,6 @@ _PAIRS = (("query", "", "response"), ("instruction", "input", "output"), ("quest
 _ELSEWHERE = {
     "caption": 'write turns: a question {"from": "human", "value": "<video>…"}, and the caption as gpt\'s answer',
     "chosen": "ranking data: these templates are for stage sft, which learns from one answer",
-    "rejected": "ranking data: these templates are for stage sft, which learns from one answer",
 }
 
 
@@ -321,7 +321,7 @@ class _RecordParser(ClipParser):
             )
             return Conversation([])
         for key in record:
-            if key not in (*known, "system_prompt", *_CLIP_SETTINGS) and (meant := misspelt(key, known)):
+            if key not in (*known, "system_prompt", *_CLIP_SETTINGS) and (meant := slip_of(key, known)):
                 self.wrong(key, "unknown field", f"is {meant} meant?")
         for name, meaning in _ELSEWHERE.items():
             if record.get(name) not in (None, "", [], {}) and not any(record.get(key) for key in self.keys.messages):

@@ -1,6 +1,5 @@
 """A chat completion request in OpenAI's form -> a question and how it is answered. What is not known is refused, not ignored."""
 
-import difflib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -10,6 +9,7 @@ from ..media import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Clip, Conversation
 from ..model.decoding import Decoding
 from ..records.question import parse_question
 from ..records.schema import check_schema
+from ..words import meant
 from .media import RequestError
 
 _MOST_ANSWERS = 16
@@ -87,8 +87,7 @@ def read_request(body: Any, defaults: Decoding, open_media: Callable[[Any, str],
         if name in _UNSUPPORTED and value not in (None, 0, False, {}, [], "none", ["text"]):
             raise RequestError(f"{name} is not supported by this server", param=name)
         if name not in (*_KNOWN, *_HARMLESS, *_UNSUPPORTED):
-            near = difflib.get_close_matches(name, _KNOWN, 1)
-            raise RequestError(f"unknown parameter {name}" + (f"; is {near[0]} meant?" if near else ""), param=name)
+            raise RequestError(f"unknown parameter {name}{meant(name, _KNOWN)}", param=name)
     model = body.get("model", "")
     if not isinstance(model, str):
         raise RequestError("model must be a text", param="model")

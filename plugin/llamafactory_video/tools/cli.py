@@ -15,6 +15,7 @@ import yaml
 
 from .convert import add_convert
 from .infer import add_infer
+from .init import add_init
 
 _WRITE = "write the records that can be trained on there, one on each line, as they stand in their files"
 
@@ -238,7 +239,7 @@ def main() -> None:
         "shown: an example, the lengths in tokens, and each record that cannot be trained on.",
     )
     checking.add_argument("recipe", type=Path, help="a training recipe, such as recipes/wzry_full.yaml")
-    checking.add_argument("overrides", nargs="*", help="key=value, as for llamafactory-cli")
+    checking.add_argument("overrides", nargs="*", default=[], help="key=value, as for llamafactory-cli")
     checking.add_argument("--write", type=Path, metavar="FILE", help=_WRITE)
     mapping = commands.add_parser(
         "map",
@@ -262,16 +263,17 @@ def main() -> None:
     )
     caching.add_argument("action", choices=("build", "info", "clear"))
     caching.add_argument("recipe", type=Path, nargs="?", help="a training recipe; without one, the usual cache")
-    caching.add_argument("overrides", nargs="*", help="key=value, as for llamafactory-cli")
+    caching.add_argument("overrides", nargs="*", default=[], help="key=value, as for llamafactory-cli")
     caching.add_argument("--jobs", type=int, help="processes that decode (default: as many as there are cores)")
     caching.add_argument("--write", type=Path, metavar="FILE", help=f"with build: {_WRITE}")
     add_convert(commands)
     add_infer(commands)
+    add_init(commands)
     options, more = parser.parse_known_args()
     if any("=" not in word or word.startswith("-") for word in more) or (more and not hasattr(options, "overrides")):
         parser.error(f"unrecognized arguments: {' '.join(more)}")
     if more:  # argparse takes those alone that stand together
-        options.overrides += more
+        options.overrides = [*options.overrides, *more]
     if options.command == "map":
         try:
             return map_settings(options.input, options.kind, options.clip, options.json)
@@ -279,7 +281,7 @@ def main() -> None:
             sys.exit(f"lmf-video: {error}")
     os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
     try:
-        if options.command in ("convert", "infer"):
+        if options.command in ("convert", "infer", "init"):
             sys.exit(1 if options.run(options) else 0)
         if wrong := [word for word in options.overrides if "=" not in word]:
             raise ValueError(f"{wrong[0]} is no override; write key=value, such as dataset=wzry")
