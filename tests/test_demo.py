@@ -278,6 +278,10 @@ def test_prepare_then_report(tmp_path, folder, capsys):
     nothing = {"json_valid": 0.0, "tags_f1": 0.0, "exact": 0.0}
     assert json.loads((tmp_path / "report.json").read_text()) == {"base": nothing, "tuned": nothing, "clips": 3}
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert page.count("data:image/png;base64,") == 3
-    assert "出发" in page and "http" not in page
+    assert page.count("data:image/png;base64,") == page.count("data:video/mp4;base64,") == 3
+    assert "出发" in page and "http" not in page and game.QUESTION in page
+    assert "<h1>0.0% of 3 new clips described exactly; before training 0.0%" in page and "3 of them are shown" in page
+    # A frame can be told from the next: there is white between them.
+    strip = np.asarray(report.strip_of(np.zeros((3, 8, 8, 3), np.uint8)))
+    assert strip.shape == (16, 3 * 16 + 2 * 4, 3) and (strip[:, 16:20] == 255).all() and not strip[:, :16].any()
     assert "3 clips that were never trained" in capsys.readouterr().out

@@ -72,37 +72,46 @@ def score(expected: list[dict], answers: list[str]) -> dict[str, float]:
     return {name: round(float(np.mean(values)), 4) for name, values in figures.items()}
 
 
-def picture(image: Image.Image | Path) -> str:
-    """An <img> that carries its own data."""
-    if isinstance(image, Image.Image):
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        data = buffer.getvalue()
-    else:
-        data = image.read_bytes()
-    return f'<img src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+def data_url(data: bytes, kind: str) -> str:
+    """Bytes that a page carries in itself."""
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def strip_of(frames: np.ndarray, gap: int = 4) -> Image.Image:
+    """Frames side by side at twice their size, with white between them; frames (T, H, W, 3) uint8."""
+    count, height, width, _ = frames.shape
+    strip = Image.new("RGB", (count * (2 * width + gap) - gap, 2 * height), "white")
+    for i, frame in enumerate(frames):
+        picture = Image.fromarray(frame).resize((2 * width, 2 * height), Image.Resampling.NEAREST)
+        strip.paste(picture, (i * (2 * width + gap), 0))
+    return strip
 
 
 PAGE = """<!DOCTYPE html>
-<html lang="zh"><meta charset="utf-8"><title>llamafactory-video demo</title>
+<html lang="zh"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>llamafactory-video demo</title>
 <style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em }}
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 2em auto; padding: 0 1em }}
 table {{ border-collapse: collapse }} td, th {{ padding: .2em 1em; text-align: right; border-bottom: 1px solid #ccc }}
-section {{ margin: 1.5em 0; border-top: 1px solid #ccc }} dl {{ margin: 0 }} img {{ max-width: 100% }}
+section {{ margin: 1.5em 0; border-top: 1px solid #ccc; padding-top: 1em }} dl {{ margin: 0 }} img {{ max-width: 100% }}
+.seen {{ display: flex; flex-wrap: wrap; gap: 12px; align-items: flex-start }}
+video {{ width: 128px; height: 128px; background: #000 }} .seen img {{ max-width: calc(100% - 140px) }}
 dt {{ float: left; width: 6em; color: #777 }} dd {{ margin-left: 6em; overflow-wrap: anywhere }}
 .right {{ color: #17803d }} .wrong {{ color: #b3261e }}
 </style>
-<h1>Clips that were never trained</h1>
+<h1>{headline}</h1>
 {table}{sections}{curve}
 """
 
 
-def write_page(path: Path, report: dict, rows: list[tuple[np.ndarray, dict, dict[str, str]]], curve: Path) -> None:
+def write_page(
+    path: Path, report: dict, rows: list[tuple[Path, np.ndarray, dict, dict[str, str]]], curve: Path
+) -> None:
     """A page that needs no other file.
 
     Args:
         report: what report.json holds.
-        rows: clips to show: frames (T, H, W, 3), the right answer, and each model's answer.
+        rows: clips to show: the file, its frames (T, H, W, 3), the right answer, and each model's answer.
         curve: the picture of the training loss; left out where there is none.
     """
     names = list(report["tuned"])
@@ -110,19 +119,25 @@ def write_page(path: Path, report: dict, rows: list[tuple[np.ndarray, dict, dict
     for model in ("base", "tuned"):
         table += f"<tr><th>{model}" + "".join(f"<td>{report[model][name]:.3f}" for name in names)
     sections = ""
-    for frames, expected, answers in rows:
-        strip = Image.fromarray(np.concatenate(list(frames), axis=1))
-        strip = strip.resize((strip.width * 2, strip.height * 2), Image.Resampling.NEAREST)
-        items = f"<dt>expected<dd>{html.escape(json.dumps(expected, ensure_ascii=False))}"
+    for file, frames, expected, answers in rows:
+        buffer = io.BytesIO()
+        strip_of(frames).save(buffer, "PNG")
+        clip = f'<video controls loop muted preload="auto" src="{data_url(file.read_bytes(), "video/mp4")}"></video>'
+        items = f"<dt>clip<dd>{html.escape(file.name)}<dt>prompt<dd>{html.escape(game.QUESTION)}"
+        items += f"<dt>expected<dd>{html.escape(json.dumps(expected, ensure_ascii=False))}"
         for model, text in answers.items():
             verdict = "right" if parse(text) == expected else "wrong"
             items += f'<dt>{model}<dd class="{verdict}">{html.escape(text) or "(nothing)"}'
-        sections += f"<section>{picture(strip)}<dl>{items}</dl></section>\n"
+        shown = f'<div class="seen">{clip}<img src="{data_url(buffer.getvalue(), "image/png")}"></div>'
+        sections += f"<section>{shown}<dl>{items}</dl></section>\n"
+    tuned, base = report["tuned"]["exact"], report["base"]["exact"]
     path.write_text(
         PAGE.format(
-            table=f"<p>{report['clips']} clips; those that the tuned model got wrong come first<table>{table}</table>",
+            headline=f"{tuned:.1%} of {report['clips']} new clips described exactly; before training {base:.1%}",
+            table=f"<table>{table}</table><p>None of the {report['clips']} clips was trained. {len(rows)} of them are shown "
+            "here, those that the tuned model got wrong first, each with all frames that the models were shown.",
             sections=sections,
-            curve=picture(curve) if curve.exists() else "",
+            curve=f'<img src="{data_url(curve.read_bytes(), "image/png")}">' if curve.exists() else "",
         ),
         encoding="utf-8",
     )
@@ -142,7 +157,10 @@ def write_report(folder: Path) -> dict:
 
     (folder / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     wrong_first = sorted(range(len(clips)), key=lambda i: parse(answers["tuned"][i]) == expected[i])
-    rows = [(clips[i], expected[i], {model: texts[i] for model, texts in answers.items()}) for i in wrong_first[:12]]
+    rows = [
+        (folder / records[i]["video"], clips[i], expected[i], {model: texts[i] for model, texts in answers.items()})
+        for i in wrong_first[:12]
+    ]
     write_page(folder / "report.html", report, rows, folder / "tuned" / "training_loss.png")
 
     print(f"\n{len(clips)} clips that were never trained\n")
