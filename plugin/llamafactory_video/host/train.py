@@ -1,11 +1,14 @@
 """Our trainer, optimizer and record of the run in LLaMA-Factory's training."""
 
 import functools
+import json
 import math
 from copy import copy
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ..records.files import write_records
 from ..records.table import Records
 from ..train.failure import stopping_together
 from ..train.optimizer import given_rates, make_optimizer
@@ -33,14 +36,31 @@ def extend_trainer(trainer: ModuleType) -> None:
             return super().prediction_step(model, inputs, *args, **given)
 
         def save_predictions(self, dataset: Any, predict_results: Any, skip_special_tokens: bool = True) -> None:
-            prompts = dataset
-            if is_ours(self.finetuning_args) and self.is_world_process_zero():
-                items = dataset.format["format_kwargs"]["transform"]
-                samples = map(items.encoder.encode, Records(dataset, LAYOUT))
-                prompts = {"input_ids": [sample.ids for sample in samples]}
+            if not is_ours(self.finetuning_args) or not self.is_world_process_zero():
+                super().save_predictions(dataset, predict_results, skip_special_tokens)
+                return
+            records = Records(dataset, LAYOUT)
+            encode = dataset.format["format_kwargs"]["transform"].encoder.encode
+            prompts = {"input_ids": [encode(conversation).ids for conversation in records]}
             super().save_predictions(prompts, predict_results, skip_special_tokens)
+            _name_predictions(Path(self.args.output_dir, "generated_predictions.jsonl"), records)
 
     replace_everywhere(trainer, "CustomSeq2SeqTrainer", CustomSeq2SeqTrainer)
+
+
+def _name_predictions(file: Path, records: Records) -> None:
+    """Each line tells its record and clips, and its label ends where the answer does, without the prompt's newline."""
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    named = [
+        {
+            **line,
+            "label": line["label"].removesuffix("\n"),
+            "source": conversation.source,
+            "clips": [str(media) for media in (*conversation.videos, *conversation.images)],
+        }
+        for line, conversation in zip(lines, records, strict=True)
+    ]
+    write_records(file, named, ())
 
 
 def extend_workflow(workflow: ModuleType) -> None:

@@ -92,21 +92,7 @@ def load_model(
         raise ValueError(f"unknown option {', '.join(sorted(unknown))}; sampling has {', '.join(SAMPLING_KEYS)}")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype}; known are {', '.join(DTYPES)}")
-    adapters = list(adapters)
-    for name in (model, *adapters):
-        check_folder(name)
-    base = base_of(model)
-    if base is not None:
-        if not base or (base.startswith(("/", ".")) and not Path(base).is_dir()):
-            raise ValueError(
-                f"{model} is an adapter, and its model {base or '(not named)'} is not here; give the model, and this folder "
-                "as its adapter"
-            )
-        log(f"{model} is an adapter of {base}.")
-        model, adapters = base, [model, *adapters]
-    for name in adapters:
-        if saved_file(name, "adapter_config.json") is None:
-            raise ValueError(f"{name} has no adapter_config.json; an adapter's folder is needed")
+    model, adapters = _resolved(model, adapters, log)
     config = config_of(model)
     family_of(config)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -126,6 +112,47 @@ def load_model(
 
     encoder = _encoder(model, adapters, processor, config, video_cache, remote_media, log, sampling)
     return loaded, encoder
+
+
+def load_encoder(
+    model: str,
+    adapters: Sequence[str] = (),
+    video_cache: bool = True,
+    remote_media: bool = False,
+    log: Callable[[str], None] = print,
+    **sampling: Any,
+) -> Encoder:
+    """What shows clips to a model, without its weights; see `load_model`."""
+    model, adapters = _resolved(model, adapters, log)
+    config = config_of(model)
+    family_of(config)
+    processor = AutoProcessor.from_pretrained(model)
+    add_trained_tokens(processor.tokenizer, adapters, log)
+    return _encoder(model, adapters, processor, config, video_cache, remote_media, log, sampling)
+
+
+def _resolved(model: str, adapters: Sequence[str], log: Callable[[str], None]) -> tuple[str, list[str]]:
+    """A model and its adapters, where an adapter may have been named as the model.
+
+    Raises:
+        ValueError: if one of them is not there.
+    """
+    adapters = list(adapters)
+    for name in (model, *adapters):
+        check_folder(name)
+    base = base_of(model)
+    if base is not None:
+        if not base or (base.startswith(("/", ".")) and not Path(base).is_dir()):
+            raise ValueError(
+                f"{model} is an adapter, and its model {base or '(not named)'} is not here; give the model, and this folder "
+                "as its adapter"
+            )
+        log(f"{model} is an adapter of {base}.")
+        model, adapters = base, [model, *adapters]
+    for name in adapters:
+        if saved_file(name, "adapter_config.json") is None:
+            raise ValueError(f"{name} has no adapter_config.json; an adapter's folder is needed")
+    return model, adapters
 
 
 def _four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:

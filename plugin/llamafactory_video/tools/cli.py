@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from .convert import add_convert
+from .evaluate import add_eval
 from .infer import add_infer
 from .init import add_init
 
@@ -267,6 +268,7 @@ def main() -> None:
     caching.add_argument("--jobs", type=int, help="processes that decode (default: as many as there are cores)")
     caching.add_argument("--write", type=Path, metavar="FILE", help=f"with build: {_WRITE}")
     add_convert(commands)
+    add_eval(commands)
     add_infer(commands)
     add_init(commands)
     options, more = parser.parse_known_args()
@@ -281,7 +283,7 @@ def main() -> None:
             sys.exit(f"lmf-video: {error}")
     os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
     try:
-        if options.command in ("convert", "infer", "init"):
+        if options.command in ("convert", "eval", "infer", "init", "score"):
             sys.exit(1 if options.run(options) else 0)
         if wrong := [word for word in options.overrides if "=" not in word]:
             raise ValueError(f"{wrong[0]} is no override; write key=value, such as dataset=wzry")

@@ -41,6 +41,16 @@ def add_infer(commands: Any) -> None:
     asked.add_argument("--together", action="store_true", help="show all clips in one question")
     asked.add_argument("--data", type=Path, help="records (.json, .jsonl or a folder), which hold their own questions")
     asked.add_argument("--media-dir", type=Path, help="folder that paths in records are relative to (default: theirs)")
+    told = parser.add_argument_group("what is printed")
+    told.add_argument("--json", action="store_true", help="see that each answer is JSON, and print it indented")
+    told.add_argument("--explain", action="store_true", help="print what the model is shown, before each answer")
+    told.add_argument("--out", type=Path, help="a .jsonl file, one line an answer")
+    add_answering(parser)
+    parser.set_defaults(run=run)
+
+
+def add_answering(parser: argparse.ArgumentParser) -> None:
+    """Add the options on how a model is loaded, shown clips, and answers."""
     written = parser.add_argument_group("how answers are written")
     written.add_argument("--max-new-tokens", type=int, default=1024)
     written.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token each time (default)")
@@ -48,7 +58,6 @@ def add_infer(commands: Any) -> None:
     written.add_argument("--top-k", type=int, default=0)
     written.add_argument("--repetition-penalty", type=float, default=1.0)
     written.add_argument("--seed", type=int, help="of what is drawn, with a temperature")
-    written.add_argument("--json", action="store_true", help="see that each answer is JSON, and print it indented")
     written.add_argument("--schema", type=Path, help="a JSON Schema (a file) that every answer is held to")
     written.add_argument(
         "--schema-from", type=Path, metavar="DATA", help="the same, as the answers of these records tell it"
@@ -60,8 +69,6 @@ def add_infer(commands: Any) -> None:
         metavar="FIELD",
         help="with --schema-from: fields that hold only texts which were seen there, such as tags",
     )
-    written.add_argument("--explain", action="store_true", help="print what the model is shown, before each answer")
-    written.add_argument("--out", type=Path, help="a .jsonl file, one line an answer")
     loaded = parser.add_argument_group("how the model is loaded")
     loaded.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16, float32 on a CPU"
@@ -78,7 +85,6 @@ def add_infer(commands: Any) -> None:
     for key in SAMPLING_KEYS:
         kind = str if key in _TEXTS else float if key == "video_fps" else int
         sampling.add_argument(f"--{key.replace('_', '-')}", type=kind)
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -90,38 +96,10 @@ def run(options: argparse.Namespace) -> int:
     if options.batch_size is not None and options.batch_size < 1:
         raise ValueError(f"--batch-size is {options.batch_size}; it must be at least 1")
     asked = _questions(options)
-    names = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
-    schema = given_schema(
-        options.schema,
-        options.schema_from,
-        options.schema_vocabulary,
-        ("--schema", "--schema-from", "--schema-vocabulary"),
-    )
-    decoding = {name: getattr(options, name) for name in names} | {"schema": schema}
-    sampling = {key: getattr(options, key) for key in SAMPLING_KEYS if getattr(options, key) is not None}
-    written: list[dict[str, Any]] = []
+    decoding = decoding_of(options)
     if options.out is not None:
-        settings = [options.model, options.adapter, options.dtype, options.load_in_4bit, decoding, sampling]
-        settings += [_weights(name) for name in (options.model, *options.adapter)]
-        digests = [_digest([*settings, each.conversation]) for each in asked]
-        written = _written(options.out, asked, digests)
-
-    from ..model.decoding import Decoding
-    from ..model.video_model import VideoModel
-
-    decoding = Decoding(**decoding)
-    model = VideoModel.load(
-        options.model,
-        options.adapter,
-        dtype=options.dtype,
-        load_in_4bit=options.load_in_4bit,
-        device=options.device,
-        remote_media=options.remote_media,
-        log=_say,
-        **sampling,
-    )
-    if options.out is not None:
-        return _write(model, asked, decoding, options, written, digests)
+        return answer_into(options.out, asked, decoding, options)
+    model = _load(options)
     if len(asked) == 1:
         return _print_one(model, asked[0], decoding, options)
     failed = 0
@@ -131,6 +109,52 @@ def run(options: argparse.Namespace) -> int:
     if failed:
         _say(f"{failed} of {len(asked)} have no answer" + (", or one that is not JSON" if options.json else ""))
     return failed
+
+
+def decoding_of(options: argparse.Namespace) -> Any:
+    """How answers are written, as a command's options say."""
+    from ..model.decoding import Decoding
+
+    schema = given_schema(
+        options.schema,
+        options.schema_from,
+        options.schema_vocabulary,
+        ("--schema", "--schema-from", "--schema-vocabulary"),
+    )
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
+    return Decoding(**{name: getattr(options, name) for name in names}, schema=schema)
+
+
+def sampling_of(options: argparse.Namespace) -> dict[str, Any]:
+    """How clips are sampled, where a command's options say so."""
+    return {key: getattr(options, key) for key in SAMPLING_KEYS if getattr(options, key) is not None}
+
+
+def _load(options: argparse.Namespace) -> Any:
+    from ..model.video_model import VideoModel
+
+    return VideoModel.load(
+        options.model,
+        options.adapter,
+        dtype=options.dtype,
+        load_in_4bit=options.load_in_4bit,
+        device=options.device,
+        remote_media=options.remote_media,
+        log=_say,
+        **sampling_of(options),
+    )
+
+
+def answer_into(out: Path, asked: Sequence[Asked], decoding: Any, options: argparse.Namespace) -> int:
+    """Write an answer to each question into a file; those that an earlier call has written are kept.
+
+    Returns:
+        How many questions have no answer, or with `--json` one that is not JSON.
+    """
+    settings = [options.model, options.adapter, options.dtype, options.load_in_4bit, decoding, sampling_of(options)]
+    settings += [_weights(name) for name in (options.model, *options.adapter)]
+    digests = [_digest([*settings, each.conversation]) for each in asked]
+    return _write(out, asked, decoding, options, _written(out, asked, digests), digests)
 
 
 def _say(text: str) -> None:
@@ -287,7 +311,7 @@ def _written(out: Path, asked: Sequence[Asked], digests: Sequence[str]) -> list[
 
 
 def _write(
-    model: Any,
+    out: Path,
     asked: Sequence[Asked],
     decoding: Any,
     options: argparse.Namespace,
@@ -298,27 +322,28 @@ def _write(
     lines = {line["source"]: line for line in written}
     left = [(each, digest) for each, digest in zip(asked, digests, strict=True) if each.source not in lines]
     if len(left) < len(asked):
-        _say(f"{len(asked) - len(left)} of {len(asked)} are answered in {options.out} already.")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    _replace(options.out, lines.values())
-    began = time.monotonic()
-    with options.out.open("a", encoding="utf-8") as file, tqdm(total=len(left), unit=" questions") as bar:
-        for number, answer in _answers(model, [each for each, _ in left], decoding, options.batch_size):
-            each, digest = left[number]
-            line = lines[each.source] = _line(each, answer, digest)
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            file.flush()
-            bar.update()
-    seconds = time.monotonic() - began
+        _say(f"{len(asked) - len(left)} of {len(asked)} are answered in {out} already.")
+    if left:
+        model = _load(options)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _replace(out, lines.values())
+        began = time.monotonic()
+        with out.open("a", encoding="utf-8") as file, tqdm(total=len(left), unit=" questions") as bar:
+            for number, answer in _answers(model, [each for each, _ in left], decoding, options.batch_size):
+                each, digest = left[number]
+                line = lines[each.source] = _line(each, answer, digest)
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.flush()
+                bar.update()
+        seconds = time.monotonic() - began
+        _say(f"{len(left)} questions in {seconds:.1f} s, {len(left) / seconds:.2f} a second")
     here = {each.source: lines[each.source] for each in asked}
-    _replace(options.out, [*(line for source, line in lines.items() if source not in here), *here.values()])
+    _replace(out, [*(line for source, line in lines.items() if source not in here), *here.values()])
     wrong = [line for line in here.values() if "error" in line]
     unread = [line for line in here.values() if options.json and "answer" in line and read_json(line["answer"])[1]]
     for line in wrong:
         _say(f"{line['source']}: {line['error']}")
-    print(f"{len(here) - len(wrong)} answers in {options.out}; {len(wrong)} questions have none.")
-    if left:
-        _say(f"{len(left)} questions in {seconds:.1f} s, {len(left) / seconds:.2f} a second")
+    print(f"{len(here) - len(wrong)} answers in {out}; {len(wrong)} questions have none.")
     if options.json:
         print(f"{len(unread)} answers are not JSON.")
     return len(wrong) + len(unread)
