@@ -1,6 +1,7 @@
 # make demo       everything from an empty folder to a trained model that describes clips it never saw
 # make test       checks and tests
 # make thorough   all tests, with every example, kill, real clip, optimizer and engine
+# make browser    tests of pages in a real browser: Debian's chromium (apt install chromium)
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 BIN = .venv/bin
@@ -8,7 +9,7 @@ export HF_HUB_OFFLINE ?= 1
 # OpenMP's threads must not spin while they wait: on busy cores that costs several times the time.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test thorough clean
+.PHONY: setup demo test thorough browser clean
 
 setup: .venv/ready
 
@@ -20,7 +21,7 @@ setup: .venv/ready
 demo: setup
 	$(BIN)/python -m llamafactory_video.demo prepare
 	test -f output/demo/tuned/train_results.json || CUDA_VISIBLE_DEVICES= $(BIN)/llamafactory-cli train recipes/demo.yaml
-	$(BIN)/python -m llamafactory_video.demo report
+	$(BIN)/lmf-video eval output/demo/test.json --model base=output/demo/base --model tuned=output/demo/tuned --max-new-tokens 64 --batch-size 16 --out output/demo
 
 test: setup
 	$(BIN)/ruff check .
@@ -31,6 +32,10 @@ thorough: setup
 	$(BIN)/pip install --disable-pip-version-check -q -e ".[thorough]"
 	test -d .venv/transformers-5.24 || $(BIN)/pip install --disable-pip-version-check -q --target .venv/transformers-5.24 transformers==5.24.0
 	THOROUGH=1 $(BIN)/pytest
+
+browser: setup
+	$(BIN)/pip install --disable-pip-version-check -q -e ".[browser]"
+	BROWSER=1 $(BIN)/pytest -m browser
 
 clean:
 	rm -rf .venv output

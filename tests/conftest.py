@@ -25,8 +25,10 @@ THOROUGH = bool(os.environ.get("THOROUGH"))  # set by `make thorough`
 
 
 def pytest_collection_modifyitems(config, items):
-    """Tests marked thorough run in `make thorough` alone."""
-    left = [] if THOROUGH else [item for item in items if item.get_closest_marker("thorough")]
+    """Tests marked thorough run in `make thorough` alone, those marked browser in `make browser`."""
+    unasked = [] if THOROUGH else ["thorough"]
+    unasked += [] if os.environ.get("BROWSER") else ["browser"]
+    left = [item for item in items if any(item.get_closest_marker(name) for name in unasked)]
     if left:
         config.hook.pytest_deselected(items=left)
         items[:] = [item for item in items if item not in left]

@@ -1,4 +1,4 @@
-"""python -m llamafactory_video.demo prepare|report: what `make demo` does before and after training.
+"""python -m llamafactory_video.demo prepare: what `make demo` does before training.
 
 torch and transformers take seconds to import, and are only where they are needed.
 """
@@ -30,19 +30,9 @@ def main(arguments: list[str] | None = None) -> None:
     steps = parser.add_subparsers(dest="step", required=True)
     step = steps.add_parser("prepare", help="make a small model and draw the clips")
     step.add_argument("--train", type=int, default=9600, help="clips to train on (%(default)s)")
-    step.add_argument("--test", type=int, default=96, help="clips to keep for the report (%(default)s)")
-    steps.add_parser("report", help="compare the trained model with the untrained one")
+    step.add_argument("--test", type=int, default=96, help="clips to keep for the comparison (%(default)s)")
     options = parser.parse_args(arguments)
-    if options.step == "prepare":
-        prepare(options.folder, options.train, options.test)
-    else:
-        import torch
-
-        from .report import write_report
-
-        # Work this small gains nothing from a second thread, and on a busy machine waits for it ten times as long.
-        torch.set_num_threads(1)
-        write_report(options.folder)
+    prepare(options.folder, options.train, options.test)
 
 
 if __name__ == "__main__":

@@ -143,12 +143,6 @@ def write_clip(path: Path, number: int, scene: Scene) -> None:
     unfinished.rename(path)
 
 
-def read_clip(path: Path) -> np.ndarray:
-    """All frames of a clip, (T, H, W, 3) uint8."""
-    with av.open(path) as file:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
-
-
 def write_dataset(folder: Path, train: int, test: int) -> None:
     """Write clips, annotations and their registration, as LLaMA-Factory's `dataset_dir` and `media_dir`.
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 BUDGET = 20 << 20  # bytes of all pictures; as text in the page they take a third more
 _HEIGHTS, _QUALITIES = (112, 88, 64, 44), (60, 45, 30)
+_WIDEST = 16383  # pixels of a WebP picture
 _LEAST = 3 << 10  # bytes that each clip's pictures may take, however many clips there are
 
 
@@ -44,11 +45,10 @@ def make_strip(frames: np.ndarray, times: Sequence[float | None], most: int) -> 
         times: of each, (T,).
     """
     count, height, width, _ = frames.shape
-    for tall in _HEIGHTS:
-        tall = min(tall, height)
-        wide = max(1, round(width * tall / height))
-        if count * wide > 16000:  # WebP's limit is 16383
-            continue
+    buffer = io.BytesIO()
+    tallest = max(8, _WIDEST * height // (count * width))  # of many frames each is small
+    for tall in sorted({min(tall, height, tallest) for tall in _HEIGHTS}, reverse=True):
+        wide = max(1, width * tall // height)
         strip = Image.new("RGB", (count * wide, tall))
         for number, frame in enumerate(frames):
             picture = Image.fromarray(np.ascontiguousarray(frame)).resize((wide, tall), Image.Resampling.BILINEAR)
@@ -58,9 +58,8 @@ def make_strip(frames: np.ndarray, times: Sequence[float | None], most: int) -> 
             strip.save(buffer, "WEBP", quality=quality, method=4)
             if buffer.tell() <= most:
                 break
-        else:
-            continue
-        break
+        if buffer.tell() <= most:
+            break
     data = f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
     return Strip(data, wide, tall, [None if time is None else round(float(time), 3) for time in times])
 
@@ -71,7 +70,11 @@ def bytes_for_each(clips: int) -> int:
 
 
 def write_page(
-    path: Path, report: dict[str, Any], records: Sequence[dict[str, Any]], strips: Sequence[Sequence[Strip]] = ()
+    path: Path,
+    report: dict[str, Any],
+    records: Sequence[dict[str, Any]],
+    strips: Sequence[Sequence[Strip]] = (),
+    played: Sequence[Sequence[str]] = (),
 ) -> None:
     """Write the page.
 
@@ -79,10 +82,12 @@ def write_page(
         report: what `report.json` holds.
         records: the lines of `records.jsonl`.
         strips: of each record's clips and pictures; none where they are not shown.
+        played: where the page finds each record's clips, to play them when it is asked to; it needs none of them.
     """
+    none = [()] * len(records)
     rows = [
-        {**record, "strips": [strip.value for strip in shown]}
-        for record, shown in zip(records, strips or [()] * len(records), strict=True)
+        {**record, "strips": [strip.value for strip in shown], "play": list(urls)}
+        for record, shown, urls in zip(records, strips or none, played or none, strict=True)
     ]
     text = json.dumps({"report": report, "records": rows}, ensure_ascii=False).replace("</", "<\\/")
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")

@@ -14,7 +14,7 @@ from ..families import family_of
 from ..prompt.encoder import Encoder
 from ..prompt.tokens import TemplateError, check_chat_template
 from ..video.cache import open_cache
-from ..video.contract import SAMPLING_KEYS, difference
+from ..video.contract import SAMPLING_KEYS, Contract, difference
 from ..video.reader import ClipReader
 from .processor import SamplingProcessor, add_trained_tokens, apply_to_processor, saved_file, trained_contract
 
@@ -66,6 +66,7 @@ def load_model(
     device: str | None = None,
     video_cache: bool = True,
     remote_media: bool = False,
+    sampled_as: str | None = None,
     log: Callable[[str], None] = print,
     **sampling: Any,
 ) -> tuple[Any, Encoder]:
@@ -79,6 +80,7 @@ def load_model(
         device: such as "cuda:0" or "cpu"; None: a GPU if there is one.
         video_cache: keep decoded frames on disk, as training does.
         remote_media: fetch clips and pictures that are given by address, into that cache.
+        sampled_as: folder of a model as whose clips are sampled, where this one's does not tell how.
         log: takes a line for the person who runs this.
         sampling: keys of `SAMPLING_KEYS`; where none is given, clips are sampled as the folder says.
 
@@ -110,7 +112,7 @@ def load_model(
     loaded = _with_adapters(loaded, adapters, load_in_4bit).eval()
     loaded.generation_config = GenerationConfig()  # how answers are written is told with each question
 
-    encoder = _encoder(model, adapters, processor, config, video_cache, remote_media, log, sampling)
+    encoder = _encoder(model, adapters, processor, config, video_cache, remote_media, sampled_as, log, sampling)
     return loaded, encoder
 
 
@@ -119,6 +121,7 @@ def load_encoder(
     adapters: Sequence[str] = (),
     video_cache: bool = True,
     remote_media: bool = False,
+    sampled_as: str | None = None,
     log: Callable[[str], None] = print,
     **sampling: Any,
 ) -> Encoder:
@@ -128,7 +131,12 @@ def load_encoder(
     family_of(config)
     processor = AutoProcessor.from_pretrained(model)
     add_trained_tokens(processor.tokenizer, adapters, log)
-    return _encoder(model, adapters, processor, config, video_cache, remote_media, log, sampling)
+    return _encoder(model, adapters, processor, config, video_cache, remote_media, sampled_as, log, sampling)
+
+
+def contract_of(model: str) -> tuple[str, Contract] | None:
+    """How a model, or an adapter and its model, was sampled when it was trained, and the folder that says so."""
+    return trained_contract(*_resolved(model, (), lambda _: None))
 
 
 def _resolved(model: str, adapters: Sequence[str], log: Callable[[str], None]) -> tuple[str, list[str]]:
@@ -185,6 +193,7 @@ def _encoder(
     config: Any,
     video_cache: bool,
     remote_media: bool,
+    sampled_as: str | None,
     log: Callable[[str], None],
     sampling: dict[str, Any],
 ) -> Encoder:
@@ -196,7 +205,11 @@ def _encoder(
     dialect, timestamps = given.pop("video_sampling", None), given.pop("video_timestamps", None)
     if "video_max_frames" in given:
         given["video_maxlen"] = given.pop("video_max_frames")
-    name, trained = trained_contract(model, adapters) or ("", None)
+    own = trained_contract(model, adapters)
+    other = contract_of(sampled_as) if own is None and sampled_as is not None else None
+    if other is not None:
+        log(f"{model} does not tell how it was sampled; its clips are, as those of {sampled_as}.")
+    name, trained = own or other or ("", None)
     contract = apply_to_processor(dialect, given, processor, timestamps, trained)
     if trained is not None and (changed := difference(trained, contract)):
         log(f"Sampling differs from how {name} was trained: {changed}")

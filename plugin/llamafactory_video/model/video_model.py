@@ -96,7 +96,7 @@ class VideoModel:
         Args:
             model: folder of a model or of an adapter, or the name of a model on the hub.
             adapter: folder of an adapter, or several, which are merged in turn.
-            options: see `load_model`: `dtype`, `load_in_4bit`, `device`, `video_cache`, `remote_media`, `log`, and how clips are sampled,
+            options: see `load_model`: `dtype`, `load_in_4bit`, `device`, `video_cache`, `remote_media`, `sampled_as`, `log`, and how clips are sampled,
                 if not as the folder says: `video_sampling`, `video_fps` and the other keys of a recipe.
 
         Raises:

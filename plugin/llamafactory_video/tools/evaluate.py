@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import random
 import sys
 from collections.abc import Sequence
@@ -9,13 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from tqdm import tqdm
 
 from ..evaluate.page import Strip, bytes_for_each, make_strip, write_page
 from ..evaluate.report import Example, Report, fallen, make_report, p_text, table
-from ..media import USER, Conversation
+from ..media import USER, Conversation, is_address
 from ..records.files import write_records
 from ..records.question import Asked, read_questions
 from ..records.schema import read_schema
@@ -113,6 +115,8 @@ def evaluate(options: argparse.Namespace) -> int:
     for name, file in map(_named, options.answers):
         answers[_new(name, answers)] = _found(Path(file), asked)
     decoding = decoding_of(options) if options.model else None
+    if options.sampled_as is None:
+        options.sampled_as = _first_that_tells([model for _, model in map(_named, options.model)])
     for name, model in map(_named, options.model):
         file = out / "answers" / f"{_new(name, answers)}.jsonl"
         print(f"{name}: {model}", file=sys.stderr)
@@ -123,7 +127,7 @@ def evaluate(options: argparse.Namespace) -> int:
     examples = [Example(each.source, each.shown, each.label, _prompt(each.conversation)) for each in asked]
     shown_by = options.shown_by or (_named(options.model[-1])[1] if options.model else None)
     strips = [] if shown_by is None else _strips(asked, shown_by, options)
-    return _conclude(examples, answers, out, options, strips)
+    return _conclude(examples, answers, out, options, strips, [_played(each.conversation, out) for each in asked])
 
 
 def score(options: argparse.Namespace) -> int:
@@ -149,6 +153,13 @@ def score(options: argparse.Namespace) -> int:
     for name, lines in files:
         answers[_new(name, answers)] = _of(lines, asked, name)
     return _conclude(examples, answers, options.out or Path("output/eval"), options)
+
+
+def _first_that_tells(models: Sequence[str]) -> str | None:
+    """The first model that tells how its clips are sampled: one that does not, as before training, is shown the same."""
+    from ..model.loading import contract_of
+
+    return next((model for model in models if contract_of(model) is not None), None)
 
 
 def _data(options: argparse.Namespace) -> tuple[Path, Path | None]:
@@ -181,6 +192,17 @@ def _prompt(conversation: Any) -> str:
     if not isinstance(conversation, Conversation):
         return ""
     return next((text for role, text in reversed(conversation.messages) if role == USER), "")
+
+
+def _played(conversation: Any, out: Path) -> list[str]:
+    """Where a page in that folder finds the clips of a question, with the part that is meant."""
+    urls = []
+    for clip in conversation.videos if isinstance(conversation, Conversation) else ():
+        if isinstance(clip.path, str):
+            path = clip.path if is_address(clip.path) else quote(os.path.relpath(clip.path, out).replace(os.sep, "/"))
+            part = "" if clip.start is None and clip.end is None else f"#t={clip.start or 0:g}"
+            urls.append(path + part + (f",{clip.end:g}" if clip.end is not None else ""))
+    return urls
 
 
 def _plain(prompt: Any) -> str:
@@ -232,7 +254,8 @@ def _strips(asked: Sequence[Asked], model: str, options: argparse.Namespace) -> 
     from ..model.loading import load_encoder
     from ..records.report import DatasetError
 
-    encoder = load_encoder(model, remote_media=options.remote_media, log=lambda _: None, **sampling_of(options))
+    how = {"remote_media": options.remote_media, "sampled_as": options.sampled_as, "log": lambda _: None}
+    encoder = load_encoder(model, **how, **sampling_of(options))
     count = sum(len(each.shown) for each in asked)
 
     def look(each: Asked) -> list[Strip]:
@@ -256,6 +279,7 @@ def _conclude(
     out: Path,
     options: argparse.Namespace,
     strips: Sequence[Sequence[Strip]] = (),
+    played: Sequence[Sequence[str]] = (),
 ) -> int:
     """Write the report, print it, and look at the gate."""
     schema = read_schema(options.fits) if options.fits is not None else None
@@ -264,7 +288,7 @@ def _conclude(
     out.mkdir(parents=True, exist_ok=True)
     lines = list(_record_lines(examples, answers, report))
     write_records(out / RECORDS, lines, ())
-    write_page(out / PAGE, report.value, lines, strips)
+    write_page(out / PAGE, report.value, lines, strips, played)
     (out / REPORT).write_text(json.dumps(report.value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     print(f"\n{table(report.value)}\n")
     if options.by is not None:

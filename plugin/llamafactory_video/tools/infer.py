@@ -82,6 +82,11 @@ def add_answering(parser: argparse.ArgumentParser) -> None:
         help="questions answered at once (default: as many as memory has room for; 8 on a CPU)",
     )
     sampling = parser.add_argument_group("sampling, where it is to differ from how the model was trained")
+    sampling.add_argument(
+        "--sampled-as",
+        metavar="MODEL",
+        help="as this model, where the folder of the one that is asked does not tell how",
+    )
     for key in SAMPLING_KEYS:
         kind = str if key in _TEXTS else float if key == "video_fps" else int
         sampling.add_argument(f"--{key.replace('_', '-')}", type=kind)
@@ -140,6 +145,7 @@ def _load(options: argparse.Namespace) -> Any:
         load_in_4bit=options.load_in_4bit,
         device=options.device,
         remote_media=options.remote_media,
+        sampled_as=options.sampled_as,
         log=_say,
         **sampling_of(options),
     )
@@ -152,7 +158,7 @@ def answer_into(out: Path, asked: Sequence[Asked], decoding: Any, options: argpa
         How many questions have no answer, or with `--json` one that is not JSON.
     """
     settings = [options.model, options.adapter, options.dtype, options.load_in_4bit, decoding, sampling_of(options)]
-    settings += [_weights(name) for name in (options.model, *options.adapter)]
+    settings += [options.sampled_as, *(_weights(name) for name in (options.model, *options.adapter))]
     digests = [_digest([*settings, each.conversation]) for each in asked]
     return _write(out, asked, decoding, options, _written(out, asked, digests), digests)
 
