@@ -224,3 +224,62 @@ def test_models_are_asked_judged_and_not_asked_again(tmp_path, monkeypatch):
         told = run(*words, *extra)
         assert told.returncode == 1 and message in told.stderr
     assert "nor is it the name of a data set in" in run("lmf-video", "eval", "nothing", "--model", "base").stderr
+
+
+def test_a_model_behind_an_address_answers_as_its_folder_does(tmp_path, monkeypatch):
+    """By this project's own server, over HTTP; with parts of clips and pictures, and a server that refuses."""
+    import threading
+
+    import uvicorn
+    from llamafactory_video import VideoModel
+    from llamafactory_video.serve.app import Settings, create_app
+    from PIL import Image
+
+    save_tiny_model(tmp_path / "model", hidden_size=32, layers=1, heads=2)
+    write_clip(tmp_path / "0.mp4", frames=24)
+    Image.effect_noise((64, 64), 60).convert("RGB").save(tmp_path / "a.png")
+    records = [
+        {
+            "video": {"path": "0.mp4", "start": 1.0, "fps": 2},
+            "conversations": [{"from": "human", "value": "<video>看"}],
+        },
+        {"image": "a.png", "system": "说", "conversations": [{"from": "human", "value": "图：<image>"}]},
+        {
+            "video": "0.mp4",
+            "conversations": [
+                {"from": "human", "value": "<video>看"},
+                {"from": "gpt", "value": "塔"},
+                {"from": "human", "value": "再看"},
+            ],
+        },
+    ]
+    for record in records:
+        record["conversations"].append({"from": "gpt", "value": {"tags": ["团战"]}})
+    (tmp_path / "data.json").write_text(json.dumps(records), encoding="utf-8")
+    model = VideoModel.load(str(tmp_path / "model"), video_cache=False)
+    config = uvicorn.Config(create_app(model, Settings("mine")), port=0, log_level="error")
+    server = uvicorn.Server(config)
+    threading.Thread(target=server.run, daemon=True).start()
+    while not server.started:
+        time.sleep(0.05)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        words = [
+            "lmf-video",
+            "eval",
+            str(tmp_path / "data.json"),
+            "--max-new-tokens",
+            "6",
+            "--out",
+            str(tmp_path / "out"),
+        ]
+        models = ["--model", f"here={tmp_path}/model", "--model", f"there=http://127.0.0.1:{port}/v1"]
+        told = run(*words, *models, XDG_CACHE_HOME=str(tmp_path / "cache"))
+        assert told.returncode == 0, told.stderr[-3000:]
+        kept = [json.loads(line) for line in (tmp_path / "out/records.jsonl").read_text(encoding="utf-8").splitlines()]
+        assert all(line["answers"]["here"] == line["answers"]["there"] and line["answers"]["here"] for line in kept)
+        (tmp_path / "0.mp4").write_bytes(b"no video")
+        again = run(*words, "--model", f"x=http://127.0.0.1:{port}/v1#mine")
+        assert "answers with status 400: " in again.stderr and "2 questions have none" in again.stdout
+    finally:
+        server.should_exit = True

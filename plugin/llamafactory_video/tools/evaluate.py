@@ -40,7 +40,8 @@ def add_eval(commands: Any) -> None:
         "--model",
         action="append",
         default=[],
-        help="a model's or adapter's folder, or NAME=FOLDER; given several times, each is compared with the first",
+        help="a model's or adapter's folder or OpenAI-compatible address (http://host:8000/v1#ITS-NAME), or NAME=that; given "
+        "several times, each is compared with the first",
     )
     parser.add_argument(
         "--answers",
@@ -125,7 +126,8 @@ def evaluate(options: argparse.Namespace) -> int:
         answer_into(file, asked, decoding, one)
         answers[name] = _found(file, asked)
     examples = [Example(each.source, each.shown, each.label, _prompt(each.conversation)) for each in asked]
-    shown_by = options.shown_by or (_named(options.model[-1])[1] if options.model else None)
+    here = [model for _, model in map(_named, options.model) if not is_address(model)]
+    shown_by = options.shown_by or next(reversed(here), None)
     strips = [] if shown_by is None else _strips(asked, shown_by, options)
     return _conclude(examples, answers, out, options, strips, [_played(each.conversation, out) for each in asked])
 
@@ -159,7 +161,7 @@ def _first_that_tells(models: Sequence[str]) -> str | None:
     """The first model that tells how its clips are sampled: one that does not, as before training, is shown the same."""
     from ..model.loading import contract_of
 
-    return next((model for model in models if contract_of(model) is not None), None)
+    return next((model for model in models if not is_address(model) and contract_of(model) is not None), None)
 
 
 def _data(options: argparse.Namespace) -> tuple[Path, Path | None]:
@@ -179,7 +181,9 @@ def _data(options: argparse.Namespace) -> tuple[Path, Path | None]:
 def _named(word: str) -> tuple[str, str]:
     """NAME=PATH, or a path by its last folder's or file's name."""
     name, given, path = word.partition("=")
-    return (name, path) if given else (Path(word).name.removesuffix(".jsonl"), word)
+    if given and "/" not in name:
+        return name, path
+    return Path(word.rpartition("#")[2] if is_address(word) else word).name.removesuffix(".jsonl"), word
 
 
 def _new(name: str, answers: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import xxhash
 from tqdm import tqdm
 
+from ..media import is_address
 from ..records.json_text import json_text, read_json
 from ..records.question import Asked, clip_argument, clip_files, question, read_questions
 from ..records.schema import given_schema
@@ -30,7 +31,9 @@ def add_infer(commands: Any) -> None:
         "resumes where it stopped. A part of a clip, in seconds, is clip.mp4#12.5-20.",
     )
     parser.add_argument(
-        "--model", required=True, help="folder of a model or adapter, or the name of a model on the hub"
+        "--model",
+        required=True,
+        help="folder of a model or adapter, the name of a model on the hub, or with --out an OpenAI-compatible address, such as http://127.0.0.1:8000/v1#NAME",
     )
     parser.add_argument("--adapter", nargs="+", default=[], help="folders of adapters")
     asked = parser.add_argument_group("what is asked")
@@ -102,6 +105,8 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--batch-size is {options.batch_size}; it must be at least 1")
     asked = _questions(options)
     decoding = decoding_of(options)
+    if is_address(options.model) and (options.out is None or options.explain):
+        raise ValueError("a model behind an address answers with --out, and without --explain")
     if options.out is not None:
         return answer_into(options.out, asked, decoding, options)
     model = _load(options)
@@ -136,6 +141,11 @@ def sampling_of(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _load(options: argparse.Namespace) -> Any:
+    """The model that is asked; one behind an address knows `ask_many` alone."""
+    if is_address(options.model):
+        from ..model.served import ServedModel
+
+        return ServedModel(options.model)
     from ..model.video_model import VideoModel
 
     return VideoModel.load(

@@ -1,0 +1,172 @@
+"""A model behind an OpenAI-compatible address, asked as `VideoModel` is: by this project's API, vLLM, SGLang or a provider.
+
+Clips are sent whole, with their settings beside them; how they are sampled is the server's affair.
+"""
+
+import base64
+import io
+import mimetypes
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import requests
+
+from ..media import (
+    ASSISTANT,
+    FUNCTION,
+    IMAGE_PLACEHOLDER,
+    TOOL,
+    USER,
+    VIDEO_PLACEHOLDER,
+    Clip,
+    Conversation,
+    is_address,
+)
+from .decoding import GREEDY, Decoding
+
+_ROLES = {USER: "user", ASSISTANT: "assistant", TOOL: "tool", FUNCTION: "assistant"}
+_WAITS = (1, 4, 16)  # seconds before a question that failed for the server's sake is asked again
+_AT_ONCE = 4
+
+
+class ServedModel:
+    """What a server answers.
+
+    Args:
+        address: such as http://127.0.0.1:8000/v1, with #NAME behind it where the server has several models.
+        timeout: seconds that one answer may take.
+        key: that the server asks for; None: the variable OPENAI_API_KEY.
+    """
+
+    def __init__(self, address: str, timeout: float = 600.0, key: str | None = None) -> None:
+        self.address, _, self.name = address.partition("#")
+        self.timeout, self.key = timeout, key or os.environ.get("OPENAI_API_KEY", "none")
+        self._session = requests.Session()
+        if not self.name:
+            self.name = self._only_model()
+
+    def ask_many(
+        self,
+        questions: Sequence[Conversation],
+        decoding: Decoding = GREEDY,
+        batch_size: int | None = None,
+        say: Callable[[str], None] = print,
+    ) -> Iterator[tuple[int, str | Exception]]:
+        """Answers with the numbers of their questions, as they are done; errors in place of those that have none.
+
+        Args:
+            batch_size: questions at once; None: 4.
+        """
+        with ThreadPoolExecutor(batch_size or _AT_ONCE) as pool:
+            work = {pool.submit(self._ask, each, decoding): number for number, each in enumerate(questions)}
+            try:
+                for done in as_completed(work):
+                    error = done.exception()
+                    if error is not None and not isinstance(error, ValueError | OSError):
+                        raise error
+                    yield work[done], done.result() if error is None else error
+            finally:
+                for left in work:
+                    left.cancel()
+
+    def _ask(self, question: Conversation, decoding: Decoding) -> str:
+        body = {
+            "model": self.name,
+            "messages": messages_of(question),
+            "temperature": decoding.temperature,
+            "top_p": decoding.top_p,
+            "max_tokens": decoding.max_new_tokens,
+        }
+        if question.tools:
+            raise ValueError("questions with tools are not asked of servers")
+        if decoding.seed is not None:
+            body["seed"] = decoding.seed
+        if decoding.schema is not None:
+            schema = {"name": "answer", "schema": decoding.schema, "strict": True}
+            body["response_format"] = {"type": "json_schema", "json_schema": schema}
+        answer = self._call("post", "/chat/completions", body)
+        try:
+            return answer["choices"][0]["message"]["content"] or ""
+        except (KeyError, IndexError, TypeError) as error:
+            raise ValueError(f"{self.address}: no answer in what came: {str(answer)[:200]}") from error
+
+    def _only_model(self) -> str:
+        models = [model.get("id", "") for model in self._call("get", "/models").get("data", [])]
+        if len(models) != 1:
+            raise ValueError(f"{self.address} has {', '.join(models) or 'no models'}; name one: {self.address}#NAME")
+        return models[0]
+
+    def _call(self, method: str, path: str, body: Any = None) -> Any:
+        for wait in (*_WAITS, None):
+            try:
+                answer = self._session.request(
+                    method,
+                    self.address.rstrip("/") + path,
+                    json=body,
+                    headers={"Authorization": f"Bearer {self.key}"},
+                    timeout=(10, self.timeout),
+                )
+            except requests.RequestException as error:
+                if wait is None:
+                    raise ValueError(f"{self.address} does not answer: {error}") from error
+            else:
+                if answer.ok:
+                    return answer.json()
+                if wait is None or (answer.status_code < 500 and answer.status_code != 429):
+                    raise ValueError(f"{self.address} answers with status {answer.status_code}: {_reason(answer)}")
+            time.sleep(wait)
+        raise AssertionError("the last try has returned or raised")
+
+
+def _reason(answer: requests.Response) -> str:
+    try:
+        error = answer.json()["error"]
+        return str(error.get("message", error) if isinstance(error, dict) else error)
+    except (ValueError, KeyError, TypeError):
+        return answer.text[:200]
+
+
+def messages_of(question: Conversation) -> list[dict[str, Any]]:
+    """A question's turns as OpenAI's API has them, but for the answer that is to come; clips and pictures inside them."""
+    clips, images = iter(question.videos), iter(question.images)
+    messages: list[dict[str, Any]] = [{"role": "system", "content": question.system}] if question.system else []
+    for role, text in question.messages[:-1]:
+        if role not in (USER, TOOL):
+            messages.append({"role": _ROLES[role], "content": text})
+            continue
+        items: list[dict[str, Any]] = []
+        for piece in re.split(f"({VIDEO_PLACEHOLDER}|{IMAGE_PLACEHOLDER})", text):
+            if piece == VIDEO_PLACEHOLDER:
+                items.append(_clip_item(next(clips)))
+            elif piece == IMAGE_PLACEHOLDER:
+                items.append({"type": "image_url", "image_url": {"url": _data_url(next(images))}})
+            elif piece:
+                items.append({"type": "text", "text": piece})
+        messages.append({"role": _ROLES[role], "content": items})
+    return messages
+
+
+def _clip_item(clip: Clip) -> dict[str, Any]:
+    if clip.frames:
+        raise ValueError(f"{clip}: lists of frames are not asked of servers; make a video file of them")
+    settings = {name: value for name, value in clip.settings.items() if value is not None}
+    ends = {name: getattr(clip, name) for name in ("start", "end") if getattr(clip, name) is not None}
+    return {"type": "video_url", "video_url": {"url": _data_url(clip.path)}, **settings, **ends}
+
+
+def _data_url(media: Any) -> str:
+    """A file, or an opened picture, as a data URL; an address as it is."""
+    if is_address(media):
+        return media
+    if not isinstance(media, str):
+        buffer = io.BytesIO()
+        media.save(buffer, "PNG")
+        kind, data = "image/png", buffer.getvalue()
+    else:
+        kind, data = mimetypes.guess_type(media)[0] or "video/mp4", Path(media).read_bytes()
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
