@@ -283,3 +283,58 @@ def test_a_model_behind_an_address_answers_as_its_folder_does(tmp_path, monkeypa
         assert "answers with status 400: " in again.stderr and "2 questions have none" in again.stdout
     finally:
         server.should_exit = True
+
+
+def test_a_judge_is_asked_once_about_each_text(tmp_path):
+    """A server of OpenAI's form that thinks more of longer texts."""
+    import http.server
+    import threading
+
+    asked = []
+
+    class Judge(http.server.BaseHTTPRequestHandler):
+        def _say(self, value):
+            data = json.dumps(value).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def do_GET(self):
+            self._say({"data": [{"id": "judge"}]})
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append(body["messages"][0]["content"][0]["text"])
+            opinion = (
+                "不知道"
+                if "吞" in asked[-1]
+                else "9"
+                if "一波结束了比赛" in asked[-1].split("Second:")[1]
+                else "I say 4."
+            )
+            self._say({"choices": [{"message": {"content": opinion}}]})
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Judge)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    about = "双方在中路僵持了很久，凯绕到敌方身后偷掉了二塔，全队随后压上高地，一波结束了比赛。"
+    examples = [Example(str(i), (f"{i}.mp4",), {"about": about}) for i in range(3)]
+    answers = [text({"about": said}) for said in (about, about[:20])] + ["{"]
+    (tmp_path / "a.jsonl").write_text(lines(examples, answers), encoding="utf-8")
+    words = ["lmf-video", "score", f"{tmp_path}/a.jsonl", "--out", str(tmp_path / "out"), "--judge"]
+    address = f"http://127.0.0.1:{server.server_port}/v1"
+    try:
+        for _ in range(2):
+            told = run(*words, address)
+            assert told.returncode == 0, told.stderr[-2000:]
+            report = json.loads((tmp_path / "out/report.json").read_text(encoding="utf-8"))
+            assert report["models"]["a"]["about.judge"]["value"] == pytest.approx((0.9 + 0.4 + 0) / 3, abs=1e-6)
+            assert len(asked) == 2
+        (tmp_path / "a.jsonl").write_text(lines(examples, [text({"about": "吞" * 30})] * 3), encoding="utf-8")
+        told = run(*words, address)
+        assert told.returncode == 1 and "--judge: a number from 0 to 10 was asked for" in told.stderr
+    finally:
+        server.shutdown()

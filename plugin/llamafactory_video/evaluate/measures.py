@@ -5,7 +5,7 @@ once. Fields that no right answer has are counted (`extra_fields`), and otherwis
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +40,7 @@ class Scored:
         tags: of each field of tags or words, for each value: how often it was right, said besides, and missed.
         confusions: of each of these fields, (right, said in its place) -> how often.
         lengths: characters of each answer, (n,).
+        opinions: what a judge thinks of free texts, by (right, said), in 0..1.
     """
 
     figures: dict[str, Figure]
@@ -48,6 +49,7 @@ class Scored:
     tags: dict[str, dict[str, tuple[int, int, int]]] = field(default_factory=dict)
     confusions: dict[str, Counter] = field(default_factory=dict)
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    opinions: Mapping[tuple[str, str], float] = field(default_factory=dict)
 
 
 def judge(
@@ -55,6 +57,7 @@ def judge(
     answers: Sequence[str | None],
     fields: Sequence[Field] | None = None,
     schema: dict[str, Any] | None = None,
+    opinions: Mapping[tuple[str, str], float] | None = None,
 ) -> Scored:
     """Judge answers by the right ones.
 
@@ -63,6 +66,7 @@ def judge(
         answers: of one model, in the same order; None where there is none.
         fields: see `fields_of`, which tells them from the labels.
         schema: a JSON Schema that answers should fit.
+        opinions: of a judge on free texts, see `text_pairs`.
     """
     labels = [read_label(label) for label in labels]
     fields = fields_of(labels) if fields is None else fields
@@ -80,7 +84,8 @@ def judge(
         figures["extra_fields"] = mean_of(
             [isinstance(value, dict) and bool(value.keys() - known) for value in said], lower_is_better=True
         )
-    scored = Scored(figures, np.zeros(len(labels)), {}, lengths=np.array([len(text) for text in texts]))
+    scored = Scored(figures, np.zeros(len(labels)), {}, opinions=opinions or {})
+    scored.lengths = np.array([len(text) for text in texts])
     totals, counts = np.zeros(len(labels)), np.zeros(len(labels))
     for each in fields:
         right = [value_at(label, each.path) for label in labels]
@@ -187,7 +192,23 @@ def _judge_text(scored: Scored, name: str, right: list, there: list, asked: np.n
     for measure, of in (("rouge_l", rouge_l), ("chrf", chrf)):
         score = np.array([of(a, b) if ask else 0.0 for (a, b), ask in zip(pairs, asked, strict=True)])
         scored.figures[_named(name, measure)] = mean_of(score, asked)
+    if scored.opinions:  # of an answer without this text nobody was asked: it is worth nothing
+        thought = [scored.opinions.get(pair, 0.0 if not pair[1] else None) for pair in pairs]
+        known = np.array([each is not None for each in thought])
+        scored.figures[_named(name, "judge")] = mean_of([each or 0.0 for each in thought], asked & known)
     return score
+
+
+def text_pairs(labels: Sequence[Any], answers: Sequence[str | None], fields: Sequence[Field]) -> set[tuple[str, str]]:
+    """The free texts of right answers, and what was said in their place, for a judge."""
+    pairs = set()
+    for label, answer in zip(map(read_label, labels), answers, strict=True):
+        value = parse_answer(answer or "") if isinstance(label, dict | list) else (answer or "").strip()
+        for each in fields:
+            right, said = value_at(label, each.path), value_at(value, each.path)
+            if each.kind == "text" and isinstance(right, str) and isinstance(said, str) and said:
+                pairs.add((right, said))
+    return pairs
 
 
 def _judge_choice(scored: Scored, name: str, right: list, there: list, asked: np.ndarray) -> np.ndarray:

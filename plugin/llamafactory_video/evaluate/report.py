@@ -80,6 +80,7 @@ def make_report(
     by: str | None = None,
     texts: Sequence[str] = (),
     seed: int = 0,
+    opinions: Mapping[tuple[str, str], float] | None = None,
 ) -> Report:
     """Judge models and compare each with the first.
 
@@ -90,6 +91,7 @@ def make_report(
         by: a field of the right answers, whose values part the records.
         texts: fields that are free text, however short.
         seed: of the draws of source videos.
+        opinions: of a judge on free texts, see `measures.text_pairs`.
     """
     if not examples:
         raise ValueError("there are no records to judge")
@@ -98,7 +100,7 @@ def make_report(
     recording = recording_of(source)
     sources = [recording(example.clips) or example.source for example in examples]
     resampling = Resampling(sources, seed)
-    scored = {model: judge(labels, said, fields, schema) for model, said in answers.items()}
+    scored = {model: judge(labels, said, fields, schema, opinions) for model, said in answers.items()}
     first = next(iter(scored))
     value: dict[str, Any] = {
         "records": len(examples),

@@ -17,6 +17,7 @@ from .convert import add_convert
 from .evaluate import add_eval
 from .infer import add_infer
 from .init import add_init
+from .score import add_score
 
 _WRITE = "write the records that can be trained on there, one on each line, as they stand in their files"
 
@@ -269,6 +270,7 @@ def main() -> None:
     caching.add_argument("--write", type=Path, metavar="FILE", help=f"with build: {_WRITE}")
     add_convert(commands)
     add_eval(commands)
+    add_score(commands)
     add_infer(commands)
     add_init(commands)
     options, more = parser.parse_known_args()
