@@ -20,7 +20,7 @@ ROOMS = {
     "video": {"media", "digest"},
     "prompt": {"media", "families", "records", "video"},
     "model": {"media", "families", "records", "video", "prompt"},
-    "train": {"media", "families", "records", "prompt", "model"},
+    "train": {"media", "families", "records", "prompt", "model", "evaluate"},
     "serve": {"media", "words", "records", "video", "prompt", "model"},
     "host": {"media", "words", "families", "records", "video", "prompt", "train", "model", "serve", ""},
     "tools": {"media", "records", "video", "prompt", "model", "host", "demo", "evaluate"},

@@ -58,15 +58,15 @@ class Items:
             sample = self.encoder.encode(conversation)
         except DatasetError as error:
             sample = self._without(error)
-            return {**_item(sample, None), "load": functools.partial(_item, sample, None)}
-        return {**_item(sample, None), "load": functools.partial(self.load, conversation, sample)}
+            return {**as_item(sample, None), "load": functools.partial(as_item, sample, None)}
+        return {**as_item(sample, None), "load": functools.partial(self.load, conversation, sample)}
 
     def load(self, conversation: Conversation, sample: Sample) -> dict[str, Any]:
         """A sample with its pictures and decoded clips."""
         try:
-            return _item(*self.encoder.load(conversation, sample))
+            return as_item(*self.encoder.load(conversation, sample))
         except DatasetError as error:
-            return _item(self._without(error), None)
+            return as_item(self._without(error), None)
 
     def _without(self, error: DatasetError) -> Sample:
         if self.left_out is None:
@@ -75,7 +75,8 @@ class Items:
         return self.encoder.nothing()
 
 
-def _item(sample: Sample, clips: list[DecodedClip] | None) -> dict[str, Any]:
+def as_item(sample: Sample, clips: list[DecodedClip] | None) -> dict[str, Any]:
+    """A sample as LLaMA-Factory's collator takes it."""
     return {
         "input_ids": sample.ids,
         "attention_mask": [1] * len(sample.ids),

@@ -17,6 +17,7 @@ _ABOVE_0 = (
     *("video_timeout", "video_cache_gb", "video_remote_gb", "api_max_upload_mb", "api_max_visual_tokens"),
     # LLaMA-Factory's and transformers', which say nothing of them, or say it late.
     *(
+        "eval_generate",
         "cutoff_len",
         "per_device_train_batch_size",
         "per_device_eval_batch_size",
@@ -251,6 +252,13 @@ class VideoDataKeys:
             "help": "What to do with a record that is longer than cutoff_len. `error`: training does not start, and "
             "all such records are listed. `shrink`: its clips lose pixels, then frames, until it fits; every change "
             "is reported."
+        },
+    )
+    eval_generate: int | None = field(
+        default=None,
+        metadata={
+            "help": "Answer so many records of the evaluation set at each evaluation, and judge them as `lmf-video eval` does: "
+            "eval_score, eval_json, eval_tags_f1 and the like in the log, and for metric_for_best_model."
         },
     )
     answer_json_indent: int | None = field(

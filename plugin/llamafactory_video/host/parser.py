@@ -95,6 +95,8 @@ def extend_parser(parser: ModuleType) -> None:
                 # transformers asks nobody for an optimizer that DeepSpeed makes, so it is seen here.
                 check_deepspeed(training_args.deepspeed, finetuning_args)
             if ours:
+                for training_args in (p for p in parsed if hasattr(p, "do_train")):
+                    _check_eval_generate(parsed[1], training_args)
                 training = next((p for p in parsed if hasattr(p, "do_train")), None)
                 check_datasets(parsed[1].dataset_dir, parsed[1].dataset, parsed[1].eval_dataset)
                 _check_folders(parser.logger, parsed[0], training, finetuning_args)
@@ -129,6 +131,20 @@ def extend_parser(parser: ModuleType) -> None:
         return (last_whole_checkpoint if Path(folder, FILE).is_file() else stock_last_checkpoint)(folder)
 
     replace_everywhere(parser, "get_last_checkpoint", get_last_checkpoint)
+
+
+def _check_eval_generate(data_args: Any, training_args: Any) -> None:
+    if data_args.eval_generate is None:
+        return
+    if data_args.streaming:
+        raise ValueError(
+            "eval_generate needs an evaluation set that is read whole; it does not go with streaming: true"
+        )
+    if (
+        training_args.do_train
+        and str(getattr(training_args.eval_strategy, "value", training_args.eval_strategy)) == "no"
+    ):
+        raise ValueError("eval_generate: nothing is evaluated; set eval_strategy, and eval_dataset or val_size")
 
 
 @contextlib.contextmanager

@@ -4,18 +4,21 @@ import functools
 import json
 import math
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from ..records.files import write_records
 from ..records.table import Records
+from ..train.answers import AnswersWhileTraining
 from ..train.failure import stopping_together
 from ..train.optimizer import given_rates, make_optimizer
 from ..train.run_record import describe_run
 from ..train.trainer import VideoTrainer
 from .core import is_ours, replace_everywhere
 from .engine import schema_of
+from .items import as_item
 from .prompt import FlatCollator
 from .recipe import resolved_recipe
 from .rows import LAYOUT
@@ -80,6 +83,7 @@ def extend_workflow(workflow: ModuleType) -> None:
         trainer = VideoSeq2SeqTrainer(
             loss_normalization=keys.loss_normalization,
             gradient_check=keys.gradient_check,
+            answers=_answers(arguments, kwargs),
             flat_collator=_flat_collator(kwargs) if keys.data_flatten else None,
             compiled=keys.compile_layers,
             checkpointing_policy=keys.gradient_checkpointing_policy,
@@ -116,10 +120,39 @@ def extend_workflow(workflow: ModuleType) -> None:
     replace_everywhere(workflow, "run_sft", run_sft)
 
 
+def _answers(arguments: list[Any], kwargs: dict[str, Any]) -> AnswersWhileTraining | None:
+    """What answers a part of the evaluation set while the model trains; None if the recipe does not ask for it."""
+    data_args, training_args, generating_args = arguments[1], arguments[2], arguments[4]
+    if data_args.eval_generate is None or not training_args.do_train:
+        return None
+    tokenizer = kwargs["tokenizer"]
+
+    def batch_of(dataset: Any, conversations: Any) -> dict[str, Any]:
+        encoder = replace(dataset.format["format_kwargs"]["transform"].encoder, generation=True)
+        items = [as_item(*encoder.load(conversation)) for conversation in conversations]
+        side, tokenizer.padding_side = tokenizer.padding_side, "left"  # prompts end together
+        try:
+            batch = kwargs["data_collator"](items)
+        finally:
+            tokenizer.padding_side = side
+        # `generate` counts positions itself.
+        return {name: batch[name] for name in batch if name not in ("labels", "position_ids", "rope_deltas")}
+
+    return AnswersWhileTraining(
+        data_args.eval_generate,
+        training_args.per_device_eval_batch_size,
+        generating_args.max_new_tokens,
+        lambda dataset: Records(dataset, LAYOUT),
+        batch_of,
+        lambda ids: tokenizer.decode(ids, skip_special_tokens=True).strip(),
+    )
+
+
 def _hold(arguments: list[Any], tokenizer: Any) -> Any:
     """What holds answers to the recipe's JSON Schema in predict; None where it has none."""
     model_args, training_args, generating_args = arguments[0], arguments[2], arguments[4]
-    schema = schema_of(model_args) if training_args.predict_with_generate else None
+    answers = training_args.predict_with_generate or arguments[1].eval_generate is not None
+    schema = schema_of(model_args) if answers else None
     if schema is None:
         return None
     from transformers import LogitsProcessorList

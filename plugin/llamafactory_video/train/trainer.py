@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from .answers import AnswersWhileTraining
 from .audit import GradientAudit, GradientError, describe_faults
 from .checkpoint import CheckpointError, WholeCheckpoints, last_whole_checkpoint
 from .model_card import add_to_model_card
@@ -32,7 +33,7 @@ _IN_CHECKPOINT = (
 )
 RATE_NAMES = {"language_model": "learning_rate", "vision_tower": "vision_tower_lr", "mm_projector": "mm_projector_lr"}
 
-# transformers loads the optimizer of several processes to its device; on the CPU that is "cpu:0", unknown to torch.load.
+# The optimizer of several processes is loaded to its device; on the CPU that is "cpu:0", unknown to torch.load.
 torch.serialization.register_package(
     100, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
 )
@@ -52,6 +53,7 @@ class VideoTrainer(WholeCheckpoints):
         compiled: compile the layers for flat micro-batches; None: on a GPU, in runs that are long enough to gain by it.
         checkpointing_policy: which layers compute their activations again, where gradient checkpointing is on. "auto": of
             flat micro-batches on a GPU as few as its memory needs (`recompute`); else all.
+        answers: of a part of the evaluation set, at each evaluation.
         describe: makes the record of the run (run_record.py), given `earlier` and `step`.
         log: takes a line for the person who runs this.
     """
@@ -64,6 +66,7 @@ class VideoTrainer(WholeCheckpoints):
         flat_collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
         compiled: bool | None = None,
         checkpointing_policy: Literal["auto", "none", "language_model", "all"] = "auto",
+        answers: AnswersWhileTraining | None = None,
         describe: Callable[..., dict[str, Any]] | None = None,
         log: Callable[[str], None] = print,
         **kwargs: Any,
@@ -76,7 +79,7 @@ class VideoTrainer(WholeCheckpoints):
         if (self._by_tokens or flat_collator is not None) and self.compute_loss_func is None:
             self.compute_loss_func = self.token_loss
         self._supervised: list[int] = []  # labels of each sample of the flat micro-batch at hand
-        self._gradient_check, self._describe = gradient_check, describe
+        self._gradient_check, self._describe, self._answers = gradient_check, describe, answers
         self._audit: GradientAudit | None = None
         self._items: Any = None  # supervised tokens of the step
         self._throughput: Throughput | None = None
@@ -159,6 +162,8 @@ class VideoTrainer(WholeCheckpoints):
                     "the evaluation set holds no supervised token, so it has no loss; look at its answers"
                 )
             output.metrics[f"{metric_key_prefix}_loss"] = loss / tokens
+        if self._answers is not None and metric_key_prefix.startswith("eval"):
+            output.metrics.update(self._answers.measure(self, args[0].dataset, metric_key_prefix))
         return output
 
     # --- A step ---
@@ -177,10 +182,9 @@ class VideoTrainer(WholeCheckpoints):
         if self._recomputation is not None:
             self._recomputation.begin_step()
         started = time.perf_counter()
-        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches, self._items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._throughput.waited += time.perf_counter() - started
-        self._items = items
-        return batches, items
+        return batches, self._items
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """One micro-batch, with the layers that keep their activations chosen for it."""
@@ -291,7 +295,7 @@ class VideoTrainer(WholeCheckpoints):
         if self._audit is None or step & (step - 1):  # at steps 1, 2, 4, 8, …: it waits for the device
             return
         learns = self._items is None or bool(self._items)
-        faults = self._audit.check(self.args.device, scaled=self._scales_loss, learns=learns)
+        faults = self._audit.check(self.args.device, self._scales_loss, learns)
         if not self._audit.pending:
             self._audit = None
         if faults:
