@@ -338,3 +338,66 @@ def test_a_judge_is_asked_once_about_each_text(tmp_path):
         assert told.returncode == 1 and "--judge: a number from 0 to 10 was asked for" in told.stderr
     finally:
         server.shutdown()
+
+
+def test_clips_that_were_trained_on_are_refused(tmp_path):
+    """The same recording, the same file under another name, and the same pictures in another file, but no others."""
+    import av
+    from conftest import decode_all
+
+    def record(name):
+        turns = [{"from": "human", "value": "<video>看"}, {"from": "gpt", "value": {"tags": ["团战"]}}]
+        return {"video": name, "conversations": turns}
+
+    for i in range(4):
+        write_clip(tmp_path / f"train/match{i}/a.mp4", frames=24, size=(96, 128), seed=i)
+    for i in range(3):
+        write_clip(tmp_path / f"test/new{i}/a.mp4", frames=24, size=(96, 128), seed=50 + i)
+    write_clip(tmp_path / "test/match1/other.mp4", frames=24, size=(96, 128), seed=60)
+    (tmp_path / "test/copy.mp4").write_bytes((tmp_path / "train/match2/a.mp4").read_bytes())
+    frames = decode_all(tmp_path / "train/match3/a.mp4")
+    with av.open(str(tmp_path / "test/again.mkv"), "w") as container:
+        stream = container.add_stream("libx264", rate=6, options={"crf": "30"})
+        stream.height, stream.width, stream.pix_fmt = 72, 96, "yuv420p"
+        for frame in frames:
+            container.mux(
+                stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(width=96, height=72))
+            )
+        container.mux(stream.encode())
+    names = ["new0/a.mp4", "new1/a.mp4", "new2/a.mp4", "match1/other.mp4", "copy.mp4", "again.mkv"]
+    (tmp_path / "test/test.json").write_text(json.dumps(list(map(record, names))), encoding="utf-8")
+    trained = [record(f"match{i}/a.mp4") for i in range(4)]
+    (tmp_path / "train/train.json").write_text(json.dumps(trained), encoding="utf-8")
+    answers = [
+        text({"source": f"{tmp_path}/test/test.json, record {i + 1} (line 1)", "answer": "{}"}) for i in range(6)
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(answers), encoding="utf-8")
+    words = [
+        "lmf-video",
+        "eval",
+        f"{tmp_path}/test/test.json",
+        "--answers",
+        f"{tmp_path}/a.jsonl",
+        "--out",
+        f"{tmp_path}/out",
+    ]
+    told = run(*words, "--trained-on", f"{tmp_path}/train/train.json", "--source", r"(match\d+|new\d+)")
+    assert told.returncode == 1 and "3 of 6 clips would not tell" in told.stderr, told.stderr
+    for part in (
+        "match1/other.mp4 is of the same recording as ",
+        "copy.mp4 is the same file as ",
+        "again.mkv looks like ",
+    ):
+        assert part in told.stderr
+    assert "/new" not in told.stderr.split("would not tell")[1].split("Take them out")[0]
+    without = run(*words, "--trained-on", f"{tmp_path}/train/train.json", "--no-near")
+    assert "1 of 6 clips would not tell" in without.stderr
+    allowed = run(*words, "--trained-on", f"{tmp_path}/train/train.json", "--allow-overlap")
+    assert allowed.returncode == 0, allowed.stderr
+    # What a run of ours was trained on is known by its folder.
+    (tmp_path / "model").mkdir()
+    (tmp_path / "train/dataset_info.json").write_text(json.dumps({"mine": {"file_name": "train.json"}}))
+    recipe = {"dataset": "mine,gone", "dataset_dir": str(tmp_path / "train")}
+    (tmp_path / "model/run.json").write_text(json.dumps({"recipe": recipe}))
+    told = run(*words, "--model", str(tmp_path / "model"), "--no-near")
+    assert "copy.mp4 is the same file as " in told.stderr and "was trained on gone, which is not here" in told.stderr

@@ -21,6 +21,7 @@ from ..media import USER, Conversation, is_address
 from ..records.question import Asked, read_questions
 from ..video.threads import usable_cores
 from .infer import add_answering, answer_into, decoding_of, sampling_of
+from .overlap import check_overlap
 from .score import add_judging, answer_lines, answers_of, conclude, named, new_name
 
 
@@ -54,6 +55,21 @@ def add_eval(commands: Any) -> None:
         "--shown-by", metavar="MODEL", help="whose frames the page shows (default: the last --model's)"
     )
     parser.add_argument("--limit", type=int, help="so many records, drawn at random by --draw")
+    honest = parser.add_argument_group("clips that were trained on")
+    honest.add_argument(
+        "--trained-on",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="annotation files that a model was trained on; those of our own runs are known by run.json",
+    )
+    honest.add_argument("--allow-overlap", action="store_true", help="judge by clips that were trained on, too")
+    honest.add_argument(
+        "--near",
+        action=argparse.BooleanOptionalAction,
+        help="look for clips that look alike (default: of at most 2000 clips)",
+    )
     add_answering(parser)
     add_judging(parser)
     parser.set_defaults(run=evaluate)
@@ -76,6 +92,7 @@ def evaluate(options: argparse.Namespace) -> int:
             raise ValueError(f"--limit is {options.limit}; it must be at least 1")
         chosen = random.Random(options.draw).sample(range(len(asked)), options.limit)
         asked = [asked[number] for number in sorted(chosen)]
+    check_overlap(asked, [model for _, model in map(named, options.model) if not is_address(model)], options)
     out = options.out or Path("output/eval")
     answers: dict[str, list[str | None]] = {}
     for name, file in map(named, options.answers):
