@@ -22,6 +22,7 @@ ROOMS = {
     "model": {"media", "families", "records", "video", "prompt"},
     "train": {"media", "families", "records", "prompt", "model", "evaluate"},
     "serve": {"media", "words", "records", "video", "prompt", "model"},
+    "lmms": {"media", "records", "model"},
     "host": {"media", "words", "families", "records", "video", "prompt", "train", "model", "serve", ""},
     "tools": {"media", "records", "video", "prompt", "model", "host", "demo", "evaluate"},
     "demo": set(),
@@ -40,6 +41,7 @@ FOREIGN = {
     "train": {"llamafactory"},
     "model": {"llamafactory"},
     "serve": {"llamafactory", "transformers"},
+    "lmms": {"llamafactory", "transformers"},
     "tools": {"llamafactory", "transformers"},
 }
 FILES = sorted(ROOT.rglob("*.py"))

@@ -401,3 +401,56 @@ def test_clips_that_were_trained_on_are_refused(tmp_path):
     (tmp_path / "model/run.json").write_text(json.dumps({"recipe": recipe}))
     told = run(*words, "--model", str(tmp_path / "model"), "--no-near")
     assert "copy.mp4 is the same file as " in told.stderr and "was trained on gone, which is not here" in told.stderr
+
+
+def test_a_task_of_lmms_eval_asks_and_judges_as_we_do(tmp_path):
+    """Its functions, run as lmms-eval runs them: the same questions, and measures over all records."""
+    import runpy
+
+    import yaml
+    from llamafactory_video.lmms.messages import conversation_of, decoding_of
+    from llamafactory_video.records.question import read_questions
+
+    write_clip(tmp_path / "0.mp4")
+    (tmp_path / "a.png").write_bytes(b"")
+    turns = [
+        {"from": "human", "value": "<video>看<image>"},
+        {"from": "gpt", "value": "塔"},
+        {"from": "human", "value": "再看"},
+    ]
+    records = [
+        {
+            "video": {"path": "0.mp4", "start": 0.5, "end": 1.5, "fps": 2},
+            "image": "a.png",
+            "system": "说",
+            "conversations": [*turns, {"from": "gpt", "value": {"tags": TAGS[:2], "n": 1.50}}],
+        },
+        {"conversations": [turns[2], {"from": "gpt", "value": {"tags": TAGS[1:3], "n": 2}}]},
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(records), encoding="utf-8")
+    told = run("lmf-video", "eval", str(tmp_path / "data.json"), "--export-lmms", str(tmp_path / "my task"))
+    assert told.returncode == 0 and "2 records as the task my_task" in told.stdout, told.stderr
+    loader = type("Loader", (yaml.SafeLoader,), {})
+    loader.add_constructor("!function", lambda loader, node: node.value.removeprefix("utils."))
+    task = yaml.load((tmp_path / "my task/my_task.yaml").read_text(encoding="utf-8"), loader)
+    functions = runpy.run_path(str(tmp_path / "my task/utils.py"))
+    lines = (tmp_path / "my task/test.jsonl").read_text(encoding="utf-8").splitlines()
+    docs = [json.loads(line) for line in lines]
+    wanted = [each.conversation for each in read_questions(tmp_path / "data.json")]
+    for doc, conversation in zip(docs, wanted, strict=True):
+        found = conversation_of(functions[task["doc_to_messages"]](doc))
+        assert (found.messages, found.system) == (conversation.messages, conversation.system)
+        assert found.videos == conversation.videos and found.images == conversation.images
+    assert functions[task["doc_to_visual"]](docs[0]) == [str(tmp_path / "0.mp4"), str(tmp_path / "a.png")]
+    answers = [text({"tags": TAGS[:2], "n": 1}), "{"]
+    results = [functions[task["process_results"]](doc, [answer]) for doc, answer in zip(docs, answers, strict=True)]
+    examples = [Example(str(i), (), record["conversations"][-1]["value"]) for i, record in enumerate(records)]
+    ours = make_report(examples, {"m": answers}).value["models"]["m"]
+    for metric in task["metric_list"]:
+        name = metric["metric"]
+        value = functions[metric["aggregation"]]([result[name] for result in results])
+        assert value == pytest.approx(ours[name.replace("tags_", "tags.").replace("n_", "n.")]["value"], abs=1e-6)
+    assert [m["higher_is_better"] for m in task["metric_list"] if m["metric"] == "n_error"] == [False]
+    drawn = decoding_of({"max_new_tokens": 8, "temperature": 0.5, "do_sample": True, "until": ["x"]})
+    assert (drawn.max_new_tokens, drawn.temperature, drawn.stop) == (8, 0.5, ("x",))
+    assert decoding_of({"temperature": 0.7, "do_sample": False}).temperature == 0

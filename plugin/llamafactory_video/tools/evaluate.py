@@ -21,6 +21,7 @@ from ..media import USER, Conversation, is_address
 from ..records.question import Asked, read_questions
 from ..video.threads import usable_cores
 from .infer import add_answering, answer_into, decoding_of, sampling_of
+from .lmms_task import export_task
 from .overlap import check_overlap
 from .score import add_judging, answer_lines, answers_of, conclude, named, new_name
 
@@ -55,6 +56,12 @@ def add_eval(commands: Any) -> None:
         "--shown-by", metavar="MODEL", help="whose frames the page shows (default: the last --model's)"
     )
     parser.add_argument("--limit", type=int, help="so many records, drawn at random by --draw")
+    parser.add_argument(
+        "--export-lmms",
+        type=Path,
+        metavar="DIR",
+        help="write the records as a task of lmms-eval into this folder, and ask nothing",
+    )
     honest = parser.add_argument_group("clips that were trained on")
     honest.add_argument(
         "--trained-on",
@@ -81,7 +88,7 @@ def evaluate(options: argparse.Namespace) -> int:
     Returns:
         1 if the gate is closed, else 0.
     """
-    if not options.model and not options.answers:
+    if not options.model and not options.answers and options.export_lmms is None:
         raise ValueError("nothing to judge: give --model or --answers")
     path, media_dir = _data(options)
     asked = [each for each in read_questions(path, media_dir) if each.label is not None]
@@ -92,6 +99,9 @@ def evaluate(options: argparse.Namespace) -> int:
             raise ValueError(f"--limit is {options.limit}; it must be at least 1")
         chosen = random.Random(options.draw).sample(range(len(asked)), options.limit)
         asked = [asked[number] for number in sorted(chosen)]
+    if options.export_lmms is not None:
+        export_task(asked, options.export_lmms, options.max_new_tokens)
+        return 0
     check_overlap(asked, [model for _, model in map(named, options.model) if not is_address(model)], options)
     out = options.out or Path("output/eval")
     answers: dict[str, list[str | None]] = {}
