@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from .fields import (
     MISSING,
@@ -259,6 +258,8 @@ def _judge_span(scored: Scored, name: str, right: list, there: list, asked: np.n
 
 def _matched(table: np.ndarray) -> list[tuple[int, int]]:
     """Pairs of rows and columns with the greatest sum, none used twice (Kuhn 1955)."""
+    from scipy.optimize import linear_sum_assignment
+
     return [(int(i), int(j)) for i, j in zip(*linear_sum_assignment(-table), strict=True)] if table.size else []
 
 
