@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 from llamafactory.hparams import get_train_args
-from llamafactory_video import VideoModel
+from llamafactory_video import Decoding, VideoModel
 from llamafactory_video.evaluate.measures import judge
 from llamafactory_video.records.question import read_questions
 from processes import Run
@@ -59,28 +59,29 @@ def test_training_is_the_same_with_and_without(keys, tmp_path, lora):
     ]
 
 
-def test_measures_are_those_of_the_saved_model(keys, folder, tmp_path):
-    """What the log says at the end is what `VideoModel` answers from the folder, judged."""
-    keys |= {
-        "learning_rate": 5e-3,
-        "mm_projector_lr": None,
-        "vision_tower_lr": None,
-        "max_steps": 30,
-        "eval_steps": 30,
-    }
-    keys |= {"dataset": "held", "lr_scheduler_type": "constant", "max_new_tokens": 24, "warmup_steps": 0}
-    train(keys, tmp_path / "run", eval_generate=9)
-    (last,) = evaluations(tmp_path / "run")
-    model = VideoModel.load(str(tmp_path / "run"), video_cache=False)
-    asked = list(read_questions(folder / "held.json", folder / "media"))
-    from llamafactory_video import Decoding
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory):
+    """A model that has learnt to write objects, and the last evaluation of its run."""
+    output = tmp_path_factory.mktemp("trained") / "run"
+    own = {"dataset": "held", "eval_dataset": "held", "eval_strategy": "steps", "eval_steps": 30, "max_steps": 30}
+    own |= {"learning_rate": 5e-3, "mm_projector_lr": None, "vision_tower_lr": None, "warmup_steps": 0}
+    own |= {"lr_scheduler_type": "constant", "max_new_tokens": 24, "per_device_eval_batch_size": 2, "eval_generate": 9}
+    train({**recipe_keys(folder), **own}, output)
+    (last,) = evaluations(output)
+    assert last["eval_json"] > 0 and last["eval_score"] > 0
+    return output, last
 
+
+def test_measures_are_those_of_the_saved_model(folder, trained):
+    """What the log says at the end is what `VideoModel` answers from the folder, judged."""
+    output, last = trained
+    model = VideoModel.load(str(output), video_cache=False)
+    asked = list(read_questions(folder / "held.json", folder / "media"))
     answers = dict(model.ask_many([each.conversation for each in asked], Decoding(max_new_tokens=24)))
     scored = judge([each.label for each in asked], [answers[i] for i in range(9)])
     for name in ("json", "score", "tags.f1"):
         value = float(scored.figures[name].values([[1.0] * 9])[0])
         assert last[f"eval_{name.replace('.', '_')}"] == pytest.approx(value, abs=1e-5)
-    assert last["eval_json"] > 0  # it has learnt to write objects
 
 
 def test_the_best_model_is_told_by_a_measure(keys, tmp_path):
@@ -95,15 +96,16 @@ def test_the_best_model_is_told_by_a_measure(keys, tmp_path):
     assert state["best_metric"] == max(line["eval_score"] for line in evaluations(tmp_path / "run"))
 
 
-def test_two_processes_judge_the_same_answers(keys, tmp_path):
+def test_two_processes_judge_the_same_answers(keys, trained, tmp_path):
     """Of the same weights, since the learning rate is 0: the measures are those of one process."""
-    keys |= {"learning_rate": 0.0, "mm_projector_lr": None, "vision_tower_lr": None, "max_steps": 2}
-    train(keys, tmp_path / "one", eval_generate=5)
-    run = Run(keys, tmp_path / "two", 2, eval_generate=5, per_device_train_batch_size=1)
+    output, last = trained
+    keys |= {"model_name_or_path": str(output), "learning_rate": 0.0, "mm_projector_lr": None, "vision_tower_lr": None}
+    keys |= {"max_steps": 2, "max_new_tokens": 24}
+    run = Run(keys, tmp_path / "two", 2, eval_generate=9, per_device_train_batch_size=1)
     assert run.end() == [0, 0], run.log(0)[-3000:]
-    one, two = evaluations(tmp_path / "one")[0], evaluations(tmp_path / "two")[0]
-    names = [name for name in one if name.startswith("eval_") and not name.endswith(("runtime", "second"))]
-    assert len(names) > 4 and [two[name] for name in names] == pytest.approx([one[name] for name in names], abs=1e-4)
+    (two,) = evaluations(tmp_path / "two")
+    names = [name for name in last if name.startswith("eval_") and not name.endswith(("runtime", "second"))]
+    assert len(names) > 4 and [two[name] for name in names] == pytest.approx([last[name] for name in names], abs=1e-4)
     assert len(steps(tmp_path / "two")) == 2
 
 
