@@ -215,6 +215,16 @@ def test_several_processes_tell_it_without_tracebacks(home, tmp_path):
     assert not ours and "a process of the run ended with status 1; its error stands above" in done.stderr
 
 
+def test_which_processes_are_the_commands():
+    assert all(
+        map(
+            start.is_command,
+            ("/x/bin/llamafactory-cli", "lmf", "/x/llamafactory/cli.py", "/x/llamafactory/launcher.py"),
+        )
+    )
+    assert not any(map(start.is_command, ("", "-c", "lmf-video", "/x/train.py", "/llamafactory/launcher")))
+
+
 def test_what_is_a_fault_of_the_program_keeps_its_traceback():
     def caught(raise_it):
         try:

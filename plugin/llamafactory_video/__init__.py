@@ -46,7 +46,7 @@ def _autoload() -> None:
     disabled = os.environ.get(DISABLE_VARIABLE, "").lower() in ("1", "true", "yes", "on")
     if not disabled and _Finder not in sys.meta_path:
         sys.meta_path.insert(0, _Finder)
-        program = getattr(sys, "argv", [""])[0]
+        program = (getattr(sys, "argv", None) or [""])[0]
         if "llamafactory" in program or os.path.basename(program).startswith("lmf"):
             from .host import start
 

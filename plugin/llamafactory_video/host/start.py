@@ -20,14 +20,18 @@ _PACKAGE = str(Path(__file__).parents[1]) + os.sep
 
 def is_command(program: str) -> bool:
     """Whether a process runs LLaMA-Factory's command, or is one of the several that it starts with torchrun."""
-    return Path(program).stem in _NAMES or program.replace(os.sep, "/").endswith("llamafactory/launcher.py")
+    return _is_first(program) or program.replace(os.sep, "/").endswith("llamafactory/launcher.py")
+
+
+def _is_first(program: str) -> bool:
+    return Path(program).stem in _NAMES or program.replace(os.sep, "/").endswith("llamafactory/cli.py")
 
 
 def begin(argv: list[str]) -> None:
     """Called in such a process before LLaMA-Factory is imported, which takes several seconds more."""
     sys.excepthook = _told(sys.excepthook)
     names_recipe = len(argv) > 2 and argv[1] in _COMMANDS and argv[2].endswith((".yaml", ".yml"))
-    if Path(argv[0]).stem in _NAMES and names_recipe:
+    if _is_first(argv[0]) and names_recipe:
         try:
             check_recipe(Path(argv[2]), argv[3:])
         except ValueError as error:
