@@ -4,12 +4,15 @@ import json
 
 import pytest
 import yaml
+from conftest import write_clip
 from llamafactory.hparams import get_train_args
 from llamafactory_video import Decoding, VideoModel
 from llamafactory_video.evaluate.measures import judge
 from llamafactory_video.records.question import read_questions
+from llamafactory_video.records.report import DatasetError
 from processes import Run
 from runs import make_folder, recipe_keys, steps, train
+from test_left_out import damage
 
 STEPS, COUNT = 4, 6
 
@@ -107,6 +110,21 @@ def test_two_processes_judge_the_same_answers(keys, trained, tmp_path):
     names = [name for name in last if name.startswith("eval_") and not name.endswith(("runtime", "second"))]
     assert len(names) > 4 and [two[name] for name in names] == pytest.approx([last[name] for name in names], abs=1e-4)
     assert len(steps(tmp_path / "two")) == 2
+
+
+def test_a_damaged_clip_of_the_evaluation_set_is_left_out_or_stops_the_run(keys, folder, tmp_path):
+    damage(write_clip(folder / "media/damaged.mp4", frames=12))
+    records = json.loads((folder / "held.json").read_text(encoding="utf-8"))
+    records[3]["video"] = "damaged.mp4"
+    (folder / "hurt.json").write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
+    info = json.loads((folder / "dataset_info.json").read_text())
+    (folder / "dataset_info.json").write_text(json.dumps({**info, "hurt": {**info["held"], "file_name": "hurt.json"}}))
+    keys |= {"eval_dataset": "hurt", "eval_generate": 9, "max_steps": 2}
+    with pytest.raises(DatasetError, match=r"hurt\.json, record 4 .*damaged\.mp4"):
+        train(keys, tmp_path / "stops")
+    train(keys, tmp_path / "goes on", skip_wrong_records=True, skip_wrong_share=0.2)
+    assert len(evaluations(tmp_path / "goes on")) == 1
+    assert "record 4 " in (tmp_path / "goes on/left_out_records_evaluation.txt").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,10 @@ class Items:
 
         The collator calls it, so what asks for lengths alone decodes nothing.
         """
-        conversation = from_row(row)
+        return self.of(from_row(row))
+
+    def of(self, conversation: Conversation) -> dict[str, Any]:
+        """The same of a conversation."""
         try:
             sample = self.encoder.encode(conversation)
         except DatasetError as error:

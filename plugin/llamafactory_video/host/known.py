@@ -95,6 +95,8 @@ def check_given(given: Mapping[str, Any]) -> None:
         ValueError: naming the first that is wrong, and what would be right.
     """
     known = known_keys()
+    if os.environ.get("ALLOW_EXTRA_ARGS", "0").lower() in ("true", "y", "1"):  # LLaMA-Factory's
+        given = {name: value for name, value in given.items() if name in known}
     unknown = [f"{name}{meant(name, known)}" for name in given if name not in known]
     if unknown:
         raise ValueError(f"unknown key {', '.join(unknown)}")

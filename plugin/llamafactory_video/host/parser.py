@@ -70,8 +70,7 @@ def extend_parser(parser: ModuleType) -> None:
             is_on_cpu = False
             with contextlib.ExitStack() as during:
                 if ours:
-                    extra = parser.is_env_enabled("ALLOW_EXTRA_ARGS")
-                    check_given({name: args[name] for name in args if not extra or name in known_keys()})
+                    check_given(args)
                     args = _for_this_machine(args, parser.logger.warning_rank0)
                     is_on_cpu = bool(args.get("use_cpu"))
                     if args.get("fsdp"):

@@ -18,7 +18,7 @@ from ..train.run_record import describe_run
 from ..train.trainer import VideoTrainer
 from .core import is_ours, replace_everywhere
 from .engine import schema_of
-from .items import as_item
+from .items import Items
 from .prompt import FlatCollator
 from .recipe import resolved_recipe
 from .rows import LAYOUT
@@ -128,11 +128,11 @@ def _answers(arguments: list[Any], kwargs: dict[str, Any]) -> AnswersWhileTraini
     tokenizer = kwargs["tokenizer"]
 
     def batch_of(dataset: Any, conversations: Any) -> dict[str, Any]:
-        encoder = replace(dataset.format["format_kwargs"]["transform"].encoder, generation=True)
-        items = [as_item(*encoder.load(conversation)) for conversation in conversations]
+        rows = dataset.format["format_kwargs"]["transform"]
+        prompts = Items(replace(rows.encoder, generation=True), rows.left_out)
         side, tokenizer.padding_side = tokenizer.padding_side, "left"  # prompts end together
         try:
-            batch = kwargs["data_collator"](items)
+            batch = kwargs["data_collator"]([prompts.of(conversation) for conversation in conversations])
         finally:
             tokenizer.padding_side = side
         # `generate` counts positions itself.
