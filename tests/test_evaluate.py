@@ -87,6 +87,12 @@ def test_clips_of_one_recording_are_one_source():
     clips = ["a/match7/1.mp4 from 3 s to 5 s"]
     assert (file(clips), folder(clips), pattern(clips)) == ("a/match7/1.mp4", "a/match7", "7")
     assert file(["b.mp4#1.5-3"]) == "b.mp4" and file([]) == "" and pattern(["x.mp4"]) == "x.mp4"
+    listed = recording_of({"match7/1.mp4": "决赛", "b.mp4": "B"})
+    assert [listed([name]) for name in ("/data/match7/1.mp4", "x/b.mp4 from 1 s to …", "c.mp4")] == [
+        "决赛",
+        "B",
+        "c.mp4",
+    ]
     with pytest.raises(ValueError, match="is no regular expression"):
         recording_of("(")
     examples, answers = made_up(100, 10, 0.5, 2)
@@ -162,8 +168,14 @@ def test_predictions_of_llamafactory_are_scored(tmp_path):
     ]
     file = tmp_path / "generated_predictions.jsonl"
     file.write_text("\n".join(map(text, rows)), encoding="utf-8")
-    told = run("lmf-video", "score", f"run={file}", "--out", str(tmp_path / "out"))
+    (tmp_path / "sources.json").write_text('{"1.mp4": "A"}')
+    words = ["lmf-video", "score", f"run={file}", "--out", str(tmp_path / "out"), "--source"]
+    told = run(*words, str(tmp_path / "sources.json"))
     assert told.returncode == 0 and "run scores 0.500" in told.stdout
+    for content, message in (("{", "not JSON"), ("[1]", "an object is needed")):
+        (tmp_path / "wrong.json").write_text(content)
+        wrong = run(*words, str(tmp_path / "wrong.json"))
+        assert wrong.returncode == 1 and message in wrong.stderr
     kept = [json.loads(line) for line in (tmp_path / "out/records.jsonl").read_text(encoding="utf-8").splitlines()]
     assert kept[0]["scores"] == {"run": 1.0} and kept[1]["clips"] == ["1.mp4"]
 
@@ -214,6 +226,10 @@ def test_models_are_asked_judged_and_not_asked_again(tmp_path, monkeypatch):
     again = run(*words, *models, XDG_CACHE_HOME=str(tmp_path / "cache"))
     assert again.stderr.count("3 of 3 are answered in out/answers/") == 2 and "questions in" not in again.stderr
     assert json.loads((tmp_path / "out/report.json").read_text(encoding="utf-8")) == report
+    elsewhere = run(
+        "lmf-video", "eval", str(tmp_path / "dataset_info/test.json"), *words[3:], "--answers", "right.jsonl"
+    )
+    assert elsewhere.returncode == 0 and "right scores 1.000" in elsewhere.stdout, elsewhere.stderr
     limited = run(*words, "--answers", "right.jsonl", "--limit", "2")
     assert limited.returncode == 0 and "2 records of 2 source videos" in limited.stdout
     for extra, message in (

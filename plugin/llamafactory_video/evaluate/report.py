@@ -36,13 +36,15 @@ class Example:
     prompt: str = ""
 
 
-def recording_of(rule: str) -> Callable[[Sequence[str]], str]:
+def recording_of(rule: str | Mapping[str, str]) -> Callable[[Sequence[str]], str]:
     """What tells the source video of a record by the names of its clips.
 
     Args:
-        rule: "file": a clip's file, whatever part of it; "folder": the folder that it lies in; else a regular expression,
-            whose first group, or all of it, is searched in the file's name.
+        rule: "file": a clip's file, whatever part of it; "folder": the folder that it lies in; a regular expression, whose
+            first group, or all of it, is searched in the file's name; or the recording of each clip, by the end of its path.
     """
+    if isinstance(rule, Mapping):
+        return lambda clips: _listed(rule, _file_of(clips))
     if rule not in ("file", "folder"):
         try:
             pattern = re.compile(rule)
@@ -52,7 +54,7 @@ def recording_of(rule: str) -> Callable[[Sequence[str]], str]:
             ) from error
 
     def recording(clips: Sequence[str]) -> str:
-        path = re.sub(r"( from [\d.]+ s to .*|#[\d.]*-[\d.]*)$", "", clips[0]) if clips else ""
+        path = _file_of(clips)
         if rule == "file":
             return path
         if rule == "folder":
@@ -61,6 +63,17 @@ def recording_of(rule: str) -> Callable[[Sequence[str]], str]:
         return path if found is None else found[1] if pattern.groups else found[0]
 
     return recording
+
+
+def _file_of(clips: Sequence[str]) -> str:
+    """The file of the first clip, without the part that is meant."""
+    return re.sub(r"( from [\d.]+ s to .*|#[\d.]*-[\d.]*)$", "", clips[0]) if clips else ""
+
+
+def _listed(recordings: Mapping[str, str], path: str) -> str:
+    parts = path.replace("\\", "/").split("/")
+    ends = ("/".join(parts[at:]) for at in range(len(parts)))
+    return next((recordings[end] for end in ends if end in recordings), path)
 
 
 @dataclass(frozen=True)
@@ -75,7 +88,7 @@ class Report:
 def make_report(
     examples: Sequence[Example],
     answers: Mapping[str, Sequence[str | None]],
-    source: str = "file",
+    source: str | Mapping[str, str] = "file",
     schema: dict[str, Any] | None = None,
     by: str | None = None,
     texts: Sequence[str] = (),

@@ -16,6 +16,7 @@ from ..evaluate.report import recording_of
 from ..media import Conversation
 from ..records.question import Asked, read_questions
 from ..video.threads import usable_cores
+from .score import source_of
 
 _FRAMES = 5  # of a clip that are compared
 _FEW = 2000  # clips in all that are compared by their pictures without being asked to
@@ -39,7 +40,7 @@ def check_overlap(asked: Sequence[Asked], models: Sequence[str], options: Any) -
     held = sorted(set(_clips(asked)))
     if not trained or not held or options.allow_overlap:
         return
-    recording = recording_of(options.source)
+    recording = recording_of(source_of(options.source))
     recordings = [{clip: recording([os.path.abspath(clip)]) for clip in clips} for clips in (held, trained)]
     found = {clip: f"is of the same recording as {other}, which was trained on" for clip, other in same(*recordings)}
     for clip, other in same(*_contents(held, trained)):

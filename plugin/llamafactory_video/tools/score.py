@@ -53,7 +53,8 @@ def add_judging(parser: argparse.ArgumentParser) -> None:
         "--source",
         default="file",
         metavar="RULE",
-        help="what tells the recording that a clip is of: file (default), folder, or a regular expression for its path",
+        help="what tells the recording that a clip is of: file (default), folder, a regular expression for its path, or a .json "
+        "file, {clip: recording}",
     )
     group.add_argument(
         "--judge",
@@ -67,6 +68,25 @@ def add_judging(parser: argparse.ArgumentParser) -> None:
         metavar="REPORT",
         help="an earlier report.json: exit with 1 if the last model is worse than its last one by more than chance allows",
     )
+
+
+def source_of(rule: str) -> str | dict[str, str]:
+    """The rule, or what the file that it names says.
+
+    Raises:
+        ValueError: if that file is not an object of texts.
+    """
+    if not rule.endswith(".json"):
+        return rule
+    if not Path(rule).is_file():
+        raise ValueError(f"--source: no file {rule}")
+    try:
+        value = json.loads(Path(rule).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"--source: {rule}: not JSON ({error})") from error
+    if not isinstance(value, dict) or not all(isinstance(each, str) for each in value.values()):
+        raise ValueError(f'--source: {rule}: an object is needed, {{"wzry/4/1.mp4": "match 4", …}}')
+    return value
 
 
 def score(options: argparse.Namespace) -> int:
@@ -131,6 +151,11 @@ def answers_of(lines: Sequence[dict[str, Any]], asked: Sequence[Asked], name: st
     texts = [line.get("answer", line.get("predict")) for line in lines]
     if all("source" in line for line in lines):
         by_source = {line["source"]: text for line, text in zip(lines, texts, strict=True)}
+        if not any(each.source in by_source for each in asked):  # the same file may be named from another folder
+            tails = {re.split(r"[/\\]", source)[-1]: text for source, text in by_source.items()}
+            by_source = {
+                each.source: tails[tail] for each in asked if (tail := re.split(r"[/\\]", each.source)[-1]) in tails
+            }
         missing = [each.source for each in asked if each.source not in by_source]
         if missing:
             raise ValueError(
@@ -154,7 +179,7 @@ def conclude(
 ) -> int:
     """Write the report, print it, and look at the gate."""
     schema = read_schema(options.fits) if options.fits is not None else None
-    judging = {"source": options.source, "schema": schema, "texts": options.text, "seed": options.draw}
+    judging = {"source": source_of(options.source), "schema": schema, "texts": options.text, "seed": options.draw}
     out.mkdir(parents=True, exist_ok=True)
     if options.judge is not None:
         judging["opinions"] = _opinions(options.judge, examples, answers, out / JUDGED, options.text)
