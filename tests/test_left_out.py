@@ -108,6 +108,25 @@ def test_what_is_met_in_training_teaches_nothing(keys, tmp_path, kind):
     )
 
 
+def test_each_evaluation_set_has_a_list_of_its_own(keys, tmp_path):
+    own = {
+        "eval_dataset": "unreadable,damaged",
+        "eval_on_each_dataset": True,
+        "eval_strategy": "steps",
+        "eval_steps": 4,
+    }
+    train(keys, tmp_path / "run", per_device_eval_batch_size=2, **own, **SKIP)
+    lists = {file.name: file.read_text(encoding="utf-8") for file in (tmp_path / "run").glob("left_out_records_*")}
+    assert set(lists) == {f"left_out_records_evaluation_{name}.txt" for name in ("unreadable", "damaged")}
+    assert all(
+        f"{name}.jsonl, record " in text
+        for name in ("unreadable", "damaged")
+        for text in lists.values()
+        if name in text
+    )
+    assert [len(text.splitlines()) for text in lists.values()] == [STEPS, STEPS]
+
+
 def test_too_many_stop_the_run(keys, tmp_path):
     share = {**SKIP, "skip_wrong_share": 0.3}
     told = r"more than skip_wrong_share, 0\.3 of all, so none is left out"
@@ -179,7 +198,8 @@ def test_check_and_cache_build_write_what_is_good(keys, folder, tmp_path, capsys
 
 
 def test_the_list_holds_each_record_once(tmp_path):
-    left_out = LeftOut(tmp_path / "list.txt", 10, 0.2)
+    left_out = LeftOut(tmp_path / "new/list.txt", 10, 0.2)
+    left_out.add("a: x")  # into a folder that is not there yet
     left_out.begin(["a: x"])
     for problem in ("b: y\nz", "b: y\nz", "a: x"):
         left_out.add(problem)

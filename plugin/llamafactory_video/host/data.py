@@ -93,7 +93,8 @@ def extend_data_loader(loader: ModuleType) -> None:
         for name, part in parts.items():
             # A stream is checked once, as the tables that it is made of.
             records = (streamed if name == next(iter(parts)) else None) if data_args.streaming else part
-            kind, folder = "training" if name == "train" else "evaluation", Path(training_args.output_dir)
+            kind = "training" if name == "train" else name.replace("validation", "evaluation")
+            folder = Path(training_args.output_dir)
             generation = training_args.predict_with_generate and name != "train"
             if records is None:
                 continue

@@ -42,6 +42,7 @@ class LeftOut:
         known = set(self.file.read_text(encoding="utf-8").splitlines()) if self.file.is_file() else set()
         if (line := _line(problem)) in known:
             return
+        self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a", encoding="utf-8") as list_:
             list_.write(f"{line}\n")
         count = len(known) + 1
