@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import time
 
 import pytest
@@ -230,6 +231,11 @@ def test_models_are_asked_judged_and_not_asked_again(tmp_path, monkeypatch):
         "lmf-video", "eval", str(tmp_path / "dataset_info/test.json"), *words[3:], "--answers", "right.jsonl"
     )
     assert elsewhere.returncode == 0 and "right scores 1.000" in elsewhere.stdout, elsewhere.stderr
+    save_tiny_model(tmp_path / "again", seed=7, hidden_size=32, layers=1, heads=2)
+    shutil.rmtree(tmp_path / "tuned")
+    (tmp_path / "again").rename(tmp_path / "tuned")  # as if it had been trained again
+    anew = run(*words, *models, XDG_CACHE_HOME=str(tmp_path / "cache"))
+    assert anew.returncode == 0 and anew.stderr.count("3 of 3 are answered") == 1, anew.stderr[-2000:]
     limited = run(*words, "--answers", "right.jsonl", "--limit", "2")
     assert limited.returncode == 0 and "2 records of 2 source videos" in limited.stdout
     for extra, message in (

@@ -20,7 +20,7 @@ from ..evaluate.report import Example
 from ..media import USER, Conversation, is_address
 from ..records.question import Asked, read_questions
 from ..video.threads import usable_cores
-from .infer import add_answering, answer_into, decoding_of, sampling_of
+from .infer import add_answering, answer_into, decoding_of, digest_of, sampling_of, settings_of
 from .lmms_task import export_task
 from .overlap import check_overlap
 from .score import add_judging, answer_lines, answers_of, conclude, named, new_name
@@ -91,9 +91,14 @@ def evaluate(options: argparse.Namespace) -> int:
     if not options.model and not options.answers and options.export_lmms is None:
         raise ValueError("nothing to judge: give --model or --answers")
     path, media_dir = _data(options)
-    asked = [each for each in read_questions(path, media_dir) if each.label is not None]
+    records = list(read_questions(path, media_dir))
+    asked = [each for each in records if each.label is not None]
     if not asked:
         raise ValueError(f"{path}: no record with a right answer")
+    if len(asked) < len(records):
+        print(
+            f"lmf-video: {len(records) - len(asked)} of {len(records)} records have no right answer", file=sys.stderr
+        )
     if options.limit is not None and options.limit < len(asked):
         if options.limit < 1:
             raise ValueError(f"--limit is {options.limit}; it must be at least 1")
@@ -111,10 +116,11 @@ def evaluate(options: argparse.Namespace) -> int:
     if options.sampled_as is None:
         options.sampled_as = _first_that_tells([model for _, model in map(named, options.model)])
     for name, model in map(named, options.model):
-        file = out / "answers" / f"{new_name(name, answers)}.jsonl"
-        print(f"{name}: {model}", file=sys.stderr)
+        print(f"{new_name(name, answers)}: {model}", file=sys.stderr)
         one = copy(options)
         one.model, one.adapter, one.json, one.explain = model, [], False, False
+        # A file for each way of answering: a model that was trained again is asked again.
+        file = out / "answers" / f"{name}.{digest_of(settings_of(decoding, one))[:8]}.jsonl"
         answer_into(file, asked, decoding, one)
         answers[name] = _found(file, asked)
     examples = [Example(each.source, each.shown, each.label, _prompt(each.conversation)) for each in asked]

@@ -167,9 +167,8 @@ def answer_into(out: Path, asked: Sequence[Asked], decoding: Any, options: argpa
     Returns:
         How many questions have no answer, or with `--json` one that is not JSON.
     """
-    settings = [options.model, options.adapter, options.dtype, options.load_in_4bit, decoding, sampling_of(options)]
-    settings += [options.sampled_as, *(_weights(name) for name in (options.model, *options.adapter))]
-    digests = [_digest([*settings, each.conversation]) for each in asked]
+    settings = settings_of(decoding, options)
+    digests = [digest_of([*settings, each.conversation]) for each in asked]
     return _write(out, asked, decoding, options, _written(out, asked, digests), digests)
 
 
@@ -292,7 +291,14 @@ def _weights(model: str) -> list[Any]:
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
-def _digest(parts: list[Any]) -> str:
+def settings_of(decoding: Any, options: argparse.Namespace) -> list[Any]:
+    """All but the question that an answer depends on: another model, weights that were trained again, other settings."""
+    settings = [options.model, options.adapter, options.dtype, options.load_in_4bit, decoding, sampling_of(options)]
+    return [*settings, options.sampled_as, *(_weights(name) for name in (options.model, *options.adapter))]
+
+
+def digest_of(parts: list[Any]) -> str:
+    """A short name for values that are written alike."""
     return xxhash.xxh3_64_hexdigest(repr(parts).encode())
 
 
@@ -302,7 +308,7 @@ def _written(out: Path, asked: Sequence[Asked], digests: Sequence[str]) -> list[
     Raises:
         ValueError: if one is the answer of another model, to another prompt, or of other settings.
     """
-    digest_of = {each.source: digest for each, digest in zip(asked, digests, strict=True)}
+    wanted = {each.source: digest for each, digest in zip(asked, digests, strict=True)}
     written = []
     lines = out.read_bytes().split(b"\n") if out.is_file() else []
     for number, line in enumerate(lines, start=1):
@@ -315,9 +321,9 @@ def _written(out: Path, asked: Sequence[Asked], digests: Sequence[str]) -> list[
             if number == len(lines):
                 continue  # cut off when the call was killed
             raise ValueError(f"{out}, line {number}: no answer of `lmf-video infer`; give another --out") from error
-        if "answer" not in value and source in digest_of:
+        if "answer" not in value and source in wanted:
             continue
-        if digest_of.get(source, digest) != digest:
+        if wanted.get(source, digest) != digest:
             raise ValueError(
                 f"{out}, line {number}: the answer to {source} is of another model, prompt or settings; give another --out, "
                 "or remove this one"
