@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -78,6 +79,11 @@ class Clip:
         """Its own settings, which stand over the recipe's, under their names in `Sampling`; None: as the recipe's."""
         return {name: getattr(self, name) for name in _OWN_SETTINGS}
 
+    @property
+    def given(self) -> dict[str, Any]:
+        """All that is set, by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) not in (None, ())}
+
     def __str__(self) -> str:
         """The clip in an error message."""
         if self.frames:
@@ -95,7 +101,7 @@ class Clip:
         Args:
             plan_digest: of the plan that a prompt stored beside it was built from.
         """
-        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) not in (None, ())}
+        given = self.given
         if plan_digest:
             given["planned"] = plan_digest
         if list(given) == ["path"] and not self.path.startswith("{"):
@@ -131,6 +137,23 @@ class Conversation:
     def name(self) -> str:
         """The record in an error message."""
         return self.source or "a record"
+
+
+def laid_out(text: str, clips: Iterator[Any], images: Iterator[Any]) -> list[tuple[str, Any]]:
+    """A text in pieces, ("text", str), ("video", clip) and ("image", picture), in order.
+
+    Args:
+        clips, images: those still to come; the ones that the text shows are taken.
+    """
+    shown = {VIDEO_PLACEHOLDER: ("video", clips), IMAGE_PLACEHOLDER: ("image", images)}
+    pieces = []
+    for piece in re.split(f"({VIDEO_PLACEHOLDER}|{IMAGE_PLACEHOLDER})", text):
+        if piece in shown:
+            kind, left = shown[piece]
+            pieces.append((kind, next(left)))
+        elif piece:
+            pieces.append(("text", piece))
+    return pieces
 
 
 def strip_around_placeholders(text: str) -> str:

@@ -35,7 +35,6 @@ class Scored:
     Attributes:
         figures: by name, `FIELD.MEASURE`; those of whole answers have no field.
         scores: of each record, the mean over its fields, (n,) in 0..1.
-        by_field: the same for each field, (n,).
         tags: of each field of tags or words, for each value: how often it was right, said besides, and missed.
         confusions: of each of these fields, (right, said in its place) -> how often.
         lengths: characters of each answer, (n,).
@@ -44,7 +43,6 @@ class Scored:
 
     figures: dict[str, Figure]
     scores: np.ndarray
-    by_field: dict[str, np.ndarray]
     tags: dict[str, dict[str, tuple[int, int, int]]] = field(default_factory=dict)
     confusions: dict[str, Counter] = field(default_factory=dict)
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(0))
@@ -83,7 +81,7 @@ def judge(
         figures["extra_fields"] = mean_of(
             [isinstance(value, dict) and bool(value.keys() - known) for value in said], lower_is_better=True
         )
-    scored = Scored(figures, np.zeros(len(labels)), {}, opinions=opinions or {})
+    scored = Scored(figures, np.zeros(len(labels)), opinions=opinions or {})
     scored.lengths = np.array([len(text) for text in texts])
     totals, counts = np.zeros(len(labels)), np.zeros(len(labels))
     for each in fields:
@@ -91,7 +89,6 @@ def judge(
         there = [value_at(value, each.path) for value in said]
         asked = np.array([value is not MISSING and value is not None for value in right])
         score = _JUDGES[each.kind](scored, each.name, right, there, asked)
-        scored.by_field[each.name] = score
         totals, counts = totals + score * asked, counts + asked
     scored.scores = totals / np.maximum(counts, 1)
     figures["score"] = mean_of(scored.scores, counts > 0)
@@ -175,8 +172,15 @@ def _judge_words(scored: Scored, name: str, right: list, there: list, asked: np.
     exact = [isinstance(b, str) and a == b for a, b in zip(right, there, strict=True)]
     wanted = [normalised(a) if ask else "" for a, ask in zip(right, asked, strict=True)]
     said = [normalised(b) if isinstance(b, str) else "" for b in there]
-    score = np.array([a == b for a, b in zip(wanted, said, strict=True)], float)
     scored.figures[_named(name, "exact")] = mean_of(exact, asked)
+    return _judge_one_of(scored, name, wanted, said, asked)
+
+
+def _judge_one_of(
+    scored: Scored, name: str, wanted: list[str | None], said: list[str | None], asked: np.ndarray
+) -> np.ndarray:
+    """One word of several: whether it is the right one, and which is said in place of which."""
+    score = np.array([a == b for a, b in zip(wanted, said, strict=True)], float)
     scored.figures[_named(name, "accuracy")] = mean_of(score, asked)
     _count_words(scored, name, [{a} if a else set() for a in wanted], [{b} if b else set() for b in said])
     return score
@@ -214,10 +218,7 @@ def _judge_choice(scored: Scored, name: str, right: list, there: list, asked: np
     """A letter of several: what the answer begins with."""
     wanted = [choice_of(a) if ask else None for a, ask in zip(right, asked, strict=True)]
     said = [choice_of(b) if isinstance(b, str) else None for b in there]
-    score = np.array([a is not None and a == b for a, b in zip(wanted, said, strict=True)], float)
-    scored.figures[_named(name, "accuracy")] = mean_of(score, asked)
-    _count_words(scored, name, [{a} if a else set() for a in wanted], [{b} if b else set() for b in said])
-    return score
+    return _judge_one_of(scored, name, wanted, said, asked)
 
 
 def _judge_number(scored: Scored, name: str, right: list, there: list, asked: np.ndarray) -> np.ndarray:

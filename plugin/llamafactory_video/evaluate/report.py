@@ -82,7 +82,6 @@ class Report:
 
     value: dict[str, Any]
     scored: dict[str, Scored]
-    fields: list[Field]
 
 
 def make_report(
@@ -121,9 +120,7 @@ def make_report(
         "seed": seed,
         "fields": {field.name or "(answer)": field.kind for field in fields},
         "models": {model: _figures(each, resampling) for model, each in scored.items()},
-        "answered": {
-            model: sum(text is not None for text in said) for model, text_ in answers.items() for said in [text_]
-        },
+        "answered": {model: sum(text is not None for text in said) for model, said in answers.items()},
         "lower_is_better": [name for name, figure in scored[first].figures.items() if figure.lower_is_better],
         "differences": {
             model: _differences(scored[first], each, resampling) for model, each in scored.items() if model != first
@@ -135,7 +132,7 @@ def make_report(
     if by is not None:
         value["by"] = {"field": by, "values": _slices(by, labels, fields, scored, resampling)}
     value["verdict"] = verdict(value)
-    return Report(value, scored, fields)
+    return Report(value, scored)
 
 
 def _plain(found: Interval) -> dict[str, float | None]:

@@ -63,11 +63,8 @@ def extend_data_loader(loader: ModuleType) -> None:
     load_stock, get_stock = loader._load_single_dataset, loader.get_dataset
 
     def _load_single_dataset(dataset_attr: Any, model_args: Any, data_args: Any, training_args: Any) -> Any:
-        if dataset_attr.formatting == FORMATTING:
+        if dataset_attr.formatting == FORMATTING or is_ours(data_args.template):
             table = _load_table(loader, load_stock, dataset_attr, model_args, data_args, training_args)
-            return _streamed(table, training_args) if data_args.streaming else table
-        if is_ours(data_args.template):
-            table = _load_stock_table(loader, load_stock, dataset_attr, model_args, data_args, training_args)
             return _streamed(table, training_args) if data_args.streaming else table
         return load_stock(dataset_attr, model_args, data_args, training_args)
 
@@ -175,8 +172,7 @@ def _load_all(loader: ModuleType, load_stock: Any, model_args: Any, data_args: A
         for name, attr in zip(names or (), loader.get_dataset_list(names, data_args.dataset_dir), strict=True):
             arguments = attr, model_args, data_args, training_args
             try:
-                load = _load_table if attr.formatting == FORMATTING else _load_stock_table
-                table = loaded[part][name] = load(loader, load_stock, *arguments, name)
+                table = loaded[part][name] = _load_table(loader, load_stock, *arguments, name)
                 if data_args.streaming:
                     tables.append(table)
                     loaded[part][name] = _streamed(table, training_args)
@@ -201,29 +197,57 @@ def _load_table(
     training_args: Any,
     name: str | None = None,
 ) -> datasets.Dataset:
-    """The checked records of a data set of our format, as many as the recipe asks for.
+    """The checked records of a data set, of our format or one of LLaMA-Factory's, as many as the recipe asks for.
 
     Raises:
         DatasetError: listing what is wrong with them.
     """
-    name = name or Path(str(dataset_attr)).stem
-    if dataset_attr.ranking:
+    import numpy as np
+
+    name, ours = name or Path(str(dataset_attr)).stem, dataset_attr.formatting == FORMATTING
+    if dataset_attr.ranking and ours:
         raise DatasetError(
             f"{name}: a data set of formatting {FORMATTING} has no chosen and rejected answers; remove `ranking`, or "
             "use formatting sharegpt with one of LLaMA-Factory's templates"
         )
+    if dataset_attr.ranking:
+        raise DatasetError(
+            f"{name} has chosen and rejected answers (`ranking`), which `stage: sft` cannot train on; use LLaMA-Factory's "
+            "template qwen3_vl with `stage: dpo`"
+        )
     options = {
-        "layout": LAYOUT,
-        "keys": _record_keys(dataset_attr, data_args.unknown_fields),
-        "indent": data_args.answer_json_indent,
         "most_wrong": data_args.most_wrong,
         "remote": model_args.remote_media,
         "name": name,
         "report_dir": Path(training_args.output_dir) if training_args.should_log else None,
         "log": loader.logger.warning_rank0,
     }
+    read = _own_table if ours else _stock_table
+    table = read(load_stock, dataset_attr, model_args, data_args, training_args, options)
+    count = dataset_attr.num_samples
+    if count is not None and not data_args.streaming:
+        # As LLaMA-Factory does: all records once, then drawn again at random if more are wanted.
+        chosen = np.random.permutation(len(table))[:count]
+        drawn = np.random.choice(len(table), max(0, count - len(table)))
+        table = table.select(np.concatenate([chosen, drawn]))
+    if data_args.max_samples is not None:
+        table = table.select(range(min(data_args.max_samples, len(table))))
+    loader.logger.info_rank0(f"Data set {dataset_attr}: {len(table)} records.")
+    return table
+
+
+def _own_table(
+    load_stock: Any, dataset_attr: Any, model_args: Any, data_args: Any, training_args: Any, options: dict[str, Any]
+) -> datasets.Dataset:
+    """All records of a data set of our format."""
+    options = {
+        **options,
+        "layout": LAYOUT,
+        "keys": _record_keys(dataset_attr, data_args.unknown_fields),
+        "indent": data_args.answer_json_indent,
+    }
     if dataset_attr.load_from == "file":
-        table = load_conversations(
+        return load_conversations(
             Path(data_args.dataset_dir, dataset_attr.dataset_name),
             data_args.media_dir,
             cache_dir=model_args.cache_dir,
@@ -231,41 +255,21 @@ def _load_table(
             progress=training_args.should_log,
             **options,
         )
-    else:
-        try:
-            rows = load_stock(dataset_attr, model_args, data_args, training_args)
-        except datasets.exceptions.DatasetGenerationError as error:
-            raise DatasetError(
-                f"{name}: a hub's loader puts all records into one table, which cannot hold answers that are "
-                f"objects; download the files and register them with `file_name` ({error.__cause__ or error})"
-            ) from error
-        table = check_rows(rows, data_args.media_dir, **options)
-    return _chosen(loader, table, dataset_attr, data_args)
-
-
-def _load_stock_table(
-    loader: ModuleType,
-    load_stock: Any,
-    dataset_attr: Any,
-    model_args: Any,
-    data_args: Any,
-    training_args: Any,
-    name: str | None = None,
-) -> datasets.Dataset:
-    """The checked records of a data set of one of LLaMA-Factory's formats, as many as the recipe asks for.
-
-    A stream from a hub is read to its end for that.
-
-    Raises:
-        DatasetError: listing what is wrong with them.
-    """
-    name = name or Path(str(dataset_attr)).stem
-    if dataset_attr.ranking:
+    try:
+        rows = load_stock(dataset_attr, model_args, data_args, training_args)
+    except datasets.exceptions.DatasetGenerationError as error:
         raise DatasetError(
-            f"{name} has chosen and rejected answers (`ranking`), which `stage: sft` cannot train on; use LLaMA-Factory's "
-            "template qwen3_vl with `stage: dpo`"
-        )
-    everything, whole = copy(dataset_attr), copy(data_args)
+            f"{options['name']}: a hub's loader puts all records into one table, which cannot hold answers that are "
+            f"objects; download the files and register them with `file_name` ({error.__cause__ or error})"
+        ) from error
+    return check_rows(rows, data_args.media_dir, **options)
+
+
+def _stock_table(
+    load_stock: Any, dataset_attr: Any, model_args: Any, data_args: Any, training_args: Any, options: dict[str, Any]
+) -> datasets.Dataset:
+    """All records of a data set of one of LLaMA-Factory's formats; a stream from a hub is read to its end for that."""
+    name, everything, whole = options["name"], copy(dataset_attr), copy(data_args)
     everything.num_samples = whole.max_samples = None  # so that records keep their numbers
     whole.streaming = False
     try:
@@ -277,34 +281,7 @@ def _load_stock_table(
             f'under "columns" in dataset_info.json; or, for video conversations, give it "formatting": "{FORMATTING}"'
         ) from error
     file = Path(data_args.dataset_dir, str(dataset_attr)) if dataset_attr.load_from == "file" else Path(name)
-    table = check_stock_rows(
-        rows,
-        dataset_attr,
-        file,
-        data_args.media_dir,
-        most_wrong=data_args.most_wrong,
-        remote=model_args.remote_media,
-        name=name,
-        report_dir=Path(training_args.output_dir) if training_args.should_log else None,
-        log=loader.logger.warning_rank0,
-    )
-    return _chosen(loader, table, dataset_attr, data_args)
-
-
-def _chosen(loader: ModuleType, table: datasets.Dataset, dataset_attr: Any, data_args: Any) -> datasets.Dataset:
-    """As many records as the recipe asks for."""
-    import numpy as np
-
-    count = dataset_attr.num_samples
-    if count is not None and not data_args.streaming:
-        # As LLaMA-Factory does: all records once, then drawn again at random if more are wanted.
-        chosen = np.random.permutation(len(table))[:count]
-        drawn = np.random.choice(len(table), max(0, count - len(table)))
-        table = table.select(np.concatenate([chosen, drawn]))
-    if data_args.max_samples is not None:
-        table = table.select(range(min(data_args.max_samples, len(table))))
-    loader.logger.info_rank0(f"Data set {dataset_attr}: {len(table)} records.")
-    return table
+    return check_stock_rows(rows, dataset_attr, file, data_args.media_dir, **options)
 
 
 def _streamed(table: datasets.Dataset, training_args: Any) -> datasets.IterableDataset:

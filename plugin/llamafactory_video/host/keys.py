@@ -89,8 +89,7 @@ def check_value(name: str, value: Any, hint: Any) -> None:
 @functools.cache
 def own_keys() -> frozenset[str]:
     """The keys of the plugin."""
-    classes = (VideoModelKeys, VideoDataKeys, VideoFinetuningKeys)
-    return frozenset(f.name for cls in classes for f in fields(cls) if f.init)
+    return frozenset(f.name for cls in KEYS for f in fields(cls) if f.init)
 
 
 @dataclass
@@ -325,3 +324,6 @@ class VideoFinetuningKeys:
             "finite after the first step: they are named, and the run stops (`error`) or continues (`warn`)."
         },
     )
+
+
+KEYS = (VideoModelKeys, VideoDataKeys, VideoFinetuningKeys)

@@ -15,7 +15,7 @@ from typing import Any, Literal, Optional, Union, get_type_hints
 
 from ..words import meant, nearest
 from .core import TEMPLATE, THINKING_TEMPLATE, is_ours
-from .keys import VideoDataKeys, VideoFinetuningKeys, VideoModelKeys, check_value, listed
+from .keys import KEYS, check_value, listed
 
 _ARGUMENTS = {
     "llamafactory": ("hparams/*.py",),
@@ -26,14 +26,16 @@ _ENUMS = {
     "transformers": ("training_args.py", "trainer_utils.py"),
 }
 _FILES = ("deepspeed", "fsdp_config")
-_OURS = (VideoModelKeys, VideoDataKeys, VideoFinetuningKeys)
+
+
+def _folder(package: str) -> Path:
+    return Path(next(iter(find_spec(package).submodule_search_locations)))
 
 
 def _classes(sources: dict[str, tuple[str, ...]]) -> list[ast.ClassDef]:
     found = []
     for package, patterns in sources.items():
-        folder = Path(next(iter(find_spec(package).submodule_search_locations)))
-        for file in (file for pattern in patterns for file in sorted(folder.glob(pattern))):
+        for file in (file for pattern in patterns for file in sorted(_folder(package).glob(pattern))):
             body = ast.parse(file.read_text(encoding="utf-8")).body
             found += [node for node in body if isinstance(node, ast.ClassDef)]
     return found
@@ -55,8 +57,7 @@ def _is_text(node: ast.expr) -> bool:
 
 def _reporters() -> list[str]:
     """What transformers reports to, as `report_to` names it."""
-    folder = Path(next(iter(find_spec("transformers").submodule_search_locations)))
-    source = (folder / "integrations" / "integration_utils.py").read_text(encoding="utf-8")
+    source = (_folder("transformers") / "integrations" / "integration_utils.py").read_text(encoding="utf-8")
     for node in ast.parse(source).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "INTEGRATION_TO_CALLBACK":
             return [key.value for key in node.value.keys]
@@ -83,7 +84,7 @@ def known_keys() -> Mapping[str, Any]:
                 )  # an annotation of a pinned release
             except (NameError, TypeError):
                 keys[item.target.id] = None
-    for cls in _OURS:
+    for cls in KEYS:
         keys |= {name: hint for name, hint in get_type_hints(cls).items() if cls.__dataclass_fields__[name].init}
     return keys
 
@@ -144,7 +145,9 @@ def check_template(given: Any) -> None:
     Raises:
         ValueError: naming the one that is meant.
     """
-    source = Path(next(iter(find_spec("llamafactory").submodule_search_locations)), "data", "template.py")
-    known = [TEMPLATE, THINKING_TEMPLATE, *re.findall(r'name="([^"]+)"', source.read_text(encoding="utf-8"))]
-    if isinstance(given, str) and given not in known and is_ours(near := nearest(given, known)):
+    if not isinstance(given, str) or is_ours(given):
+        return
+    source = (_folder("llamafactory") / "data" / "template.py").read_text(encoding="utf-8")
+    known = [TEMPLATE, THINKING_TEMPLATE, *re.findall(r'name="([^"]+)"', source)]
+    if given not in known and is_ours(near := nearest(given, known)):
         raise ValueError(f"there is no template {given}; is {near} meant?")

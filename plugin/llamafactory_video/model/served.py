@@ -7,7 +7,6 @@ import base64
 import io
 import mimetypes
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -19,13 +18,12 @@ import requests
 from ..media import (
     ASSISTANT,
     FUNCTION,
-    IMAGE_PLACEHOLDER,
     TOOL,
     USER,
-    VIDEO_PLACEHOLDER,
     Clip,
     Conversation,
     is_address,
+    laid_out,
 )
 from .decoding import GREEDY, Decoding
 
@@ -139,16 +137,15 @@ def messages_of(question: Conversation) -> list[dict[str, Any]]:
         if role not in (USER, TOOL):
             messages.append({"role": _ROLES[role], "content": text})
             continue
-        items: list[dict[str, Any]] = []
-        for piece in re.split(f"({VIDEO_PLACEHOLDER}|{IMAGE_PLACEHOLDER})", text):
-            if piece == VIDEO_PLACEHOLDER:
-                items.append(_clip_item(next(clips)))
-            elif piece == IMAGE_PLACEHOLDER:
-                items.append({"type": "image_url", "image_url": {"url": _data_url(next(images))}})
-            elif piece:
-                items.append({"type": "text", "text": piece})
+        items = [_item(kind, shown) for kind, shown in laid_out(text, clips, images)]
         messages.append({"role": _ROLES[role], "content": items})
     return messages
+
+
+def _item(kind: str, shown: Any) -> dict[str, Any]:
+    if kind == "text":
+        return {"type": "text", "text": shown}
+    return _clip_item(shown) if kind == "video" else {"type": "image_url", "image_url": {"url": _data_url(shown)}}
 
 
 def _clip_item(clip: Clip) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Records that turn out, while a run goes on, not to be shown: left out, with a list, as long as they are few."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,11 +27,7 @@ class LeftOut:
 
     def begin(self, problems: Iterable[str]) -> None:
         """Start the list with what was found before training; without any, there is none."""
-        lines = [f"{_line(problem)}\n" for problem in problems]
-        self.file.unlink(missing_ok=True)
-        if lines:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            self.file.write_text("".join(lines), encoding="utf-8")
+        write_list(self.file, [_line(problem) for problem in problems])
 
     def add(self, problem: str) -> None:
         """One more, unless it is in the list already, from an earlier epoch say.
@@ -50,6 +46,15 @@ class LeftOut:
         if not may_be_left_out(count, self.total, self.most_wrong):
             raise DatasetError(f"{line}\n{told}. {advice_on_wrong(self.most_wrong)}", count)
         logger.warning("%s. It is left out. %s.", line, told)
+
+
+def write_list(file: Path, lines: Sequence[str]) -> bool:
+    """Write a list, if there is anything in it; else remove an earlier one. Whether there is."""
+    file.unlink(missing_ok=True)
+    if lines:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return bool(lines)
 
 
 def _line(problem: str) -> str:

@@ -22,7 +22,7 @@ from ..video.pictures import open_picture
 from ..video.probe import ClipError
 from ..video.threads import usable_cores
 from .encoder import Encoder
-from .left_out import LeftOut
+from .left_out import LeftOut, write_list
 
 Result = TypeVar("Result")
 _PART = 5000  # records handed out at a time
@@ -189,7 +189,7 @@ def check_samples(
         stored = store_all(records.select(good), encoder, workers, f"Decoding {name}")
         problems |= {number: told.problem for number, told in zip(good, stored, strict=True) if told.problem}
     shrunk, too_long = (report_dir / f"{kind}_records_{name}.txt" for kind in ("shrunk", "too_long"))
-    if _report(shrunk, changes):
+    if write_list(shrunk, changes):
         log(
             f"{name}: clips of {len(changes)} of {len(records)} records are made smaller to fit the cutoff:\n"
             f"{WrongRecords(len(changes), changes).text(shrunk)}"
@@ -198,13 +198,13 @@ def check_samples(
     left_out = LeftOut(left_out_file(report_dir, name), len(records), most_wrong)
     if may_be_left_out(len(lines), len(records), most_wrong):
         left_out.begin(lines)
-        _report(too_long, [])
+        write_list(too_long, [])
         if lines:
             text = WrongRecords(len(lines), lines).text(left_out.file)
             log(f"{name}: {len(lines)} of {len(records)} records cannot be used and are left out:\n{text}")
         return list(problems)
     left_out.begin([])
-    if _report(too_long, lines):
+    if write_list(too_long, lines):
         shrinkable = any("are more than cutoff_len" in line for line in lines)
         advice = "\nWith `video_fit: shrink`, clips of records over the cutoff are made smaller." if shrinkable else ""
         raise DatasetError(
@@ -218,15 +218,6 @@ def check_samples(
 def left_out_file(report_dir: Path, name: str) -> Path:
     """Where records that are left out are listed."""
     return report_dir / f"left_out_records_{name}.txt"
-
-
-def _report(file: Path, lines: list[str]) -> bool:
-    """Write a list, if there is anything in it; else remove an earlier one."""
-    file.unlink(missing_ok=True)
-    if lines:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return bool(lines)
 
 
 def _long_records(records: Records, encoder: Encoder) -> list[int]:

@@ -7,7 +7,6 @@ id, questions without a placeholder, and lists of records that are packed into o
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 from typing import Any
 
 from ..media import (
@@ -112,15 +111,15 @@ def _with_placeholders(record: dict, notes: list[str]) -> dict:
 def _as_record(conversation: Conversation, name_of: Callable[[str], str]) -> dict[str, Any]:
     """A checked conversation as a record, which reads as that conversation."""
 
-    def clip(given: Clip | None) -> Any:
-        if given is None:
+    def clip(found: Clip | None) -> Any:
+        if found is None:
             return None
-        settings = {f.name: getattr(given, f.name) for f in fields(Clip) if getattr(given, f.name) not in (None, ())}
+        settings = found.given
         if "frames" in settings:
-            settings["frames"] = [name_of(frame) for frame in given.frames]
-            settings |= {"times": list(given.times)} if given.times else {}
+            settings["frames"] = [name_of(frame) for frame in found.frames]
+            settings |= {"times": list(found.times)} if found.times else {}
         else:
-            settings["path"] = name_of(given.path)
+            settings["path"] = name_of(found.path)
         return settings["path"] if list(settings) == ["path"] else settings
 
     def only(values: list[Any]) -> Any:

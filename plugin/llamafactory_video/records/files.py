@@ -33,6 +33,14 @@ def annotation_files(path: Path) -> list[Path]:
     return [path]
 
 
+def registered_file(dataset_dir: Path, name: str) -> Path | None:
+    """The file or folder that dataset_info.json has under a name; None if it has none."""
+    info = dataset_dir / "dataset_info.json"
+    known = json.loads(info.read_text(encoding="utf-8")) if info.is_file() else {}
+    file = known.get(name, {}).get("file_name")
+    return dataset_dir / file if file else None
+
+
 def _open(file: Path) -> BinaryIO:
     """A file to read, also one that gzip has packed."""
     stream = file.open("rb")

@@ -1,7 +1,6 @@
 """`lmf-video eval`: models asked about the records of a data set."""
 
 import argparse
-import json
 import os
 import random
 import sys
@@ -18,6 +17,7 @@ from tqdm import tqdm
 from ..evaluate.page import Strip, bytes_for_each, make_strip
 from ..evaluate.report import Example
 from ..media import USER, Conversation, is_address
+from ..records.files import registered_file
 from ..records.question import Asked, read_questions
 from ..video.threads import usable_cores
 from .infer import add_answering, answer_into, decoding_of, digest_of, sampling_of, settings_of
@@ -142,13 +142,12 @@ def _data(options: argparse.Namespace) -> tuple[Path, Path | None]:
     path = Path(options.data)
     if path.exists():
         return path, options.media_dir
-    info = options.dataset_dir / "dataset_info.json"
-    known = json.loads(info.read_text(encoding="utf-8")) if info.is_file() else {}
-    entry = known.get(options.data)
-    if entry is None or "file_name" not in entry:
+    file = registered_file(options.dataset_dir, options.data)
+    if file is None:
+        info = options.dataset_dir / "dataset_info.json"
         named = f", nor is it the name of a data set in {info}" if info.is_file() else f"; and there is no {info}"
         raise ValueError(f"no file {path}{named}")
-    return options.dataset_dir / entry["file_name"], options.media_dir
+    return file, options.media_dir
 
 
 def _prompt(conversation: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from ..evaluate.measures import judge
-from ..media import ASSISTANT, IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Conversation
+from ..media import ASSISTANT, Conversation, laid_out
 from ..records.json_text import json_text
 from ..records.question import Asked
 
@@ -120,22 +120,22 @@ def _messages(question: Conversation) -> list[dict[str, Any]]:
     system = [{"type": "text", "text": question.system}]
     messages = [{"role": "system", "content": system}] if question.system else []
     for role, text in question.messages[:-1]:
-        items: list[dict[str, Any]] = []
-        for piece in re.split(f"({VIDEO_PLACEHOLDER}|{IMAGE_PLACEHOLDER})", text):
-            if piece == VIDEO_PLACEHOLDER:
-                clip = next(clips)
-                if clip.frames:
-                    raise ValueError(f"{clip}: lists of frames have no place in lmms-eval; make a video file of them")
-                settings = {key: value for key, value in clip.settings.items() if value is not None}
-                ends = {"start_time": clip.start, "end_time": clip.end, "settings": settings or None}
-                ends = {key: value for key, value in ends.items() if value is not None}
-                items.append({"type": "video", "url": str(Path(clip.path).resolve()), **ends})
-            elif piece == IMAGE_PLACEHOLDER:
-                items.append({"type": "image", "url": str(Path(next(images)).resolve())})
-            elif piece:
-                items.append({"type": "text", "text": piece})
+        items = [_item(kind, shown) for kind, shown in laid_out(text, clips, images)]
         messages.append({"role": "assistant" if role == ASSISTANT else "user", "content": items})
     return messages
+
+
+def _item(kind: str, shown: Any) -> dict[str, Any]:
+    if kind == "text":
+        return {"type": "text", "text": shown}
+    if kind == "image":
+        return {"type": "image", "url": str(Path(shown).resolve())}
+    if shown.frames:
+        raise ValueError(f"{shown}: lists of frames have no place in lmms-eval; make a video file of them")
+    settings = {key: value for key, value in shown.settings.items() if value is not None}
+    ends = {"start_time": shown.start, "end_time": shown.end, "settings": settings or None}
+    ends = {key: value for key, value in ends.items() if value is not None}
+    return {"type": "video", "url": str(Path(shown.path).resolve()), **ends}
 
 
 class _Function(str):

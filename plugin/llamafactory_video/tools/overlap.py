@@ -14,6 +14,7 @@ from tqdm import tqdm
 from ..evaluate.overlap import alike, same
 from ..evaluate.report import recording_of
 from ..media import Conversation
+from ..records.files import registered_file
 from ..records.question import Asked, read_questions
 from ..video.threads import usable_cores
 from .score import source_of
@@ -77,11 +78,9 @@ def _trained(models: Sequence[str], options: Any) -> Iterable[tuple[Path, Path |
             continue
         recipe = json.loads(record.read_text(encoding="utf-8")).get("recipe", {})
         folder = Path(recipe.get("dataset_dir", "data"))
-        info = folder / "dataset_info.json"
-        known = json.loads(info.read_text(encoding="utf-8")) if info.is_file() else {}
         for name in str(recipe.get("dataset", "")).split(","):
-            file = folder / known.get(name.strip(), {}).get("file_name", "")
-            if known.get(name.strip(), {}).get("file_name") and file.exists():
+            file = registered_file(folder, name.strip())
+            if file is not None and file.exists():
                 yield file, Path(recipe.get("media_dir") or folder)
             else:
                 print(

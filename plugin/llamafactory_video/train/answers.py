@@ -68,19 +68,14 @@ class AnswersWhileTraining:
         found: dict[int, str] = {}
         with _as_it_was(trainer):
             trainer.model.eval()
+            drawn = dict.fromkeys(("temperature", "top_p", "top_k"))
+            options = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "use_cache": True, **drawn}
+            trainer._gen_kwargs = {**trainer._gen_kwargs, **options}
             bar = tqdm(range(0, len(wanted), self.batch_size), "Answering", disable=rank > 0, leave=False)
             for at in bar:
                 numbers = wanted[at : at + self.batch_size]
                 batch = self.batch_of(dataset, [questions[number] for number in numbers])
                 prompt = batch["input_ids"].shape[1]
-                options = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "use_cache": True}
-                trainer._gen_kwargs = {
-                    **trainer._gen_kwargs,
-                    **options,
-                    "temperature": None,
-                    "top_p": None,
-                    "top_k": None,
-                }
                 _, tokens, _ = trainer.prediction_step(trainer.model, batch, prediction_loss_only=False)
                 for number, row in zip(numbers, tokens[:, prompt:].tolist(), strict=True):
                     found[number] = self.decode(row)
