@@ -111,9 +111,18 @@ class Run:
     Args:
         count: how many; more than one train together, as torchrun would start them.
         largest_file: bytes; writing more fails.
+        own_env: variables of the environment.
     """
 
-    def __init__(self, keys: dict, output: Path, count: int = 1, largest_file: int | None = None, **overrides) -> None:
+    def __init__(
+        self,
+        keys: dict,
+        output: Path,
+        count: int = 1,
+        largest_file: int | None = None,
+        own_env: dict[str, str] | None = None,
+        **overrides,
+    ) -> None:
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
         keys = {**keys, "output_dir": str(output), **overrides}
@@ -122,7 +131,7 @@ class Run:
         for rank in range(count):
             env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
             env |= {"LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            arguments = keys, env if count > 1 else {}, largest_file
+            arguments = keys, {**(env if count > 1 else {}), **(own_env or {})}, largest_file
             self.processes.append(SERVER.Process(target=_train, args=arguments))
         for process in self.processes:
             process.start()

@@ -55,7 +55,7 @@ def test_register_after_llamafactory_was_imported():
     """As in a notebook: names that other modules have imported already are replaced there too."""
     code = """
 import llamafactory.train.tuner, llamafactory.chat.chat_model
-import llamafactory.chat.hf_engine, llamafactory.api.app
+import llamafactory.chat.hf_engine, llamafactory.api.app, llamafactory.webui.interface
 from llamafactory.data.template import TEMPLATES
 assert "qwen3_vl_video" not in TEMPLATES
 import os; del os.environ["LLAMAFACTORY_VIDEO_DISABLE"]

@@ -81,6 +81,27 @@ def history(output: Path) -> list[dict]:
     return [{name: line[name] for name in names if name in line} for line in lines]
 
 
+def test_a_run_that_llama_board_aborts_goes_on_where_it_stopped(keys, tmp_path):
+    """As its button Abort does it, between two checkpoints; workers that read clips are aborted too."""
+    whole, output = tmp_path / "whole", tmp_path / "run"
+    overrides = {"save_steps": 1000, "logging_steps": 1, "dataloader_num_workers": 1}
+    assert Run(keys, whole, **overrides).end() == [0]
+    board = {"LLAMABOARD_ENABLED": "1", "LLAMABOARD_WORKDIR": str(output)}
+    output.mkdir()
+    run = Run(keys, output, own_env=board, **overrides)
+    log = output / "trainer_log.jsonl"
+    assert run.wait_for(lambda: log.is_file() and log.stat().st_size > 0)
+    run.signal(signal.SIGABRT)
+    assert run.end() == [0], run.log()[-3000:]
+    (step,) = whole_steps(output)
+    assert 0 < step < STEPS
+    run = Run(keys, output, own_env=board, **overrides)
+    assert run.end() == [0], run.log()[-3000:]
+    assert history(output) == history(whole)
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    assert all(line["clips_per_second"] > 0 for line in lines if "loss" in line)
+
+
 def kill_often(keys: dict, output: Path, count: int, kills: int, seed: int, **overrides) -> int:
     """Start, kill and start again until the run has ended by itself; how many kills met a checkpoint being written."""
     moments, met = random.Random(seed), 0

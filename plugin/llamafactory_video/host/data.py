@@ -13,6 +13,7 @@ import torch
 from ..media import ASSISTANT, FUNCTION, ROLES, SYSTEM, TOOL, USER
 from ..prompt.left_out import LeftOut
 from ..prompt.lengths import check_samples, left_out_file
+from ..prompt.shown import few_tokens
 from ..records.clips import RecordKeys
 from ..records.report import DatasetError
 from ..records.table import Records, check_rows, load_conversations
@@ -130,8 +131,10 @@ def extend_data_loader(loader: ModuleType) -> None:
                 else:
                     parts[name] = part.with_transform(items)
                 if training_args.should_log:
-                    example = encoder.describe(encoder.encode(from_row(first)))
-                    print(f"{'eval' if is_eval else 'training'} example:\n{example}")
+                    sample = encoder.encode(from_row(first))
+                    print(f"{'eval' if is_eval else 'training'} example:\n{encoder.describe(sample)}")
+                    if note := few_tokens(sample, encoder):
+                        loader.logger.warning_rank0(note)
         return loader.get_dataset_module(datasets.DatasetDict(parts))
 
     replace_everywhere(loader, "_load_single_dataset", _load_single_dataset)

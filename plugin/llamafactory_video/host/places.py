@@ -126,6 +126,10 @@ TABLE: dict[str, tuple[dict[str, str], str | None]] = {
         },
         "train.extend_workflow",
     ),
+    "llamafactory.train.callbacks": (
+        {"LogCallback.on_log": "args state control", "LogCallback._write_log": "output_dir logs"},
+        None,
+    ),
     "llamafactory.chat.hf_engine": (
         {
             "HuggingfaceEngine.__init__": "model_args data_args finetuning_args generating_args",
@@ -136,6 +140,45 @@ TABLE: dict[str, tuple[dict[str, str], str | None]] = {
         "engine.extend_engine",
     ),
     "llamafactory.api.app": ({"create_app": "chat_model"}, "api.extend_api"),
+    "llamafactory.webui.common": (
+        {
+            **{"_clean_cmd": "args", "save_cmd": "args", "gen_cmd": "args", "get_template": "model_name"},
+            **{
+                "save_config": "lang hub_name model_name model_path",
+                "load_config": "",
+                "get_model_path": "model_name",
+            },
+            "TRAINING_ARGS": "",
+        },
+        None,
+    ),
+    "llamafactory.webui.control": (
+        {"list_config_paths": "current_time", "get_trainer_info": "lang output_path do_train", "TRAINER_LOG": ""},
+        None,
+    ),
+    "llamafactory.webui.runner": (
+        {
+            "Runner._initialize": "data do_train from_preview",
+            "Runner._parse_train_args": "data",
+            "Runner._parse_eval_args": "data",
+            "Runner.load_args": "lang config_path",
+            "TRAINING_STAGES": "",
+            "ALERTS": "",
+        },
+        None,
+    ),
+    "llamafactory.webui.chatter": (
+        {"WebChatModel.load_model": "data", "WebChatModel.stream": "chatbot messages"},
+        None,
+    ),
+    "llamafactory.webui.engine": ({"Engine.resume": ""}, None),
+    "llamafactory.webui.locales": ({"LOCALES": ""}, None),
+    "llamafactory.webui.components.export": ({"save_model": ""}, None),
+    "llamafactory.webui.components.infer": ({"is_multimodal": ""}, None),
+    "llamafactory.webui.interface": (
+        {"create_train_tab": "", "create_eval_tab": "", "create_infer_tab": "", "Engine": ""},
+        "board.extend_board",
+    ),
     "llamafactory.chat.chat_model": (
         {"run_chat": "", "ChatModel.stream_chat": "messages images videos"},
         "chat.extend_chat",

@@ -68,6 +68,8 @@ def _name_predictions(file: Path, records: Records) -> None:
 
 def extend_workflow(workflow: ModuleType) -> None:
     """Where the template is ours: our trainer, a record of the run, and a process that fails stops the others."""
+    from llamafactory.train.callbacks import LogCallback
+
     stock, run_stock, make_card = (
         workflow.CustomSeq2SeqTrainer,
         workflow.run_sft,
@@ -97,6 +99,8 @@ def extend_workflow(workflow: ModuleType) -> None:
         for callback in trainer.callback_handler.callbacks:
             if type(callback).__name__ == "SaveProcessorCallback":
                 callback.on_save = lambda *_, **__: None  # a checkpoint that has its name is not written to again
+            if isinstance(callback, LogCallback):
+                callback.on_log = functools.partial(_log_with_speed, callback, callback.on_log)
         return trainer
 
     def finish(trainer: Any, *args: Any) -> None:
@@ -118,6 +122,14 @@ def extend_workflow(workflow: ModuleType) -> None:
             workflow.CustomSeq2SeqTrainer, workflow.create_modelcard_and_push = stock, make_card
 
     replace_everywhere(workflow, "run_sft", run_sft)
+
+
+def _log_with_speed(callback: Any, stock: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    """LLaMA-Factory's log of a run, which LLaMA-Board reads, tells how fast it goes too."""
+    speeds = {name: value for name, value in state.log_history[-1].items() if name in ("clips_per_second", "mfu")}
+    write = type(callback)._write_log
+    callback._write_log = lambda folder, logs: write(callback, folder, {**logs, **speeds})
+    stock(args, state, control, **kwargs)
 
 
 def _answers(arguments: list[Any], kwargs: dict[str, Any]) -> AnswersWhileTraining | None:

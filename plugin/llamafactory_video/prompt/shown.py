@@ -7,6 +7,7 @@ from ..video.reader import PlannedClip
 from .encoder import Encoder, Sample
 from .pixels import count_image_tokens
 
+FEW_TOKENS = 100  # visual tokens of a whole clip; with fewer it can hardly be told what happens in it
 _LISTED = 12  # times and frame numbers that are written out
 
 
@@ -21,6 +22,26 @@ def shown_text(sample: Sample, encoder: Encoder) -> str:
     visual = encoder.visual_tokens(sample.ids)
     blocks.append(f"prompt: {len(sample.ids)} tokens, {visual} of them visual; sampling: {sampling.dialect}")
     return "\n".join(blocks)
+
+
+def few_tokens(sample: Sample, encoder: Encoder) -> str:
+    """A warning where the recipe leaves little of a clip that has more to show; "" where it does not."""
+    sampling = encoder.reader.sampling
+    for clip in sample.clips:
+        plan, file = clip.plan, clip.file
+        if (
+            file is None
+            or plan.num_tokens >= FEW_TOKENS
+            or plan.height * plan.width >= file.info.height * file.info.width
+        ):
+            continue
+        counts = "the whole clip" if sampling.dialect == "qwen_finetune" else "one frame"
+        return (
+            f"{clip.clip}, {file.info.width} x {file.info.height}, is shown as {len(plan.indices)} frames of {plan.width} x "
+            f"{plan.height}: {plan.num_tokens} visual tokens. Little can be seen in fewer than {FEW_TOKENS}; raise "
+            f"video_max_pixels, which counts {counts} in the dialect {sampling.dialect}"
+        )
+    return ""
 
 
 def _clip_text(clip: PlannedClip, side: int) -> str:

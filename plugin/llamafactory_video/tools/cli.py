@@ -33,6 +33,7 @@ def check(recipe: Path, overrides: list[str], write: Path | None = None) -> int:
     """
     from ..host.recipe import recipe_data
     from ..prompt.lengths import measure_all
+    from ..prompt.shown import few_tokens
 
     data = recipe_data(recipe, overrides)
     parts, encoder = data.parts, data.encoder
@@ -47,6 +48,8 @@ def check(recipe: Path, overrides: list[str], write: Path | None = None) -> int:
         if any(not measured.problem for measured in found):
             example = encoder.encode(part[next(i for i, measured in enumerate(found) if not measured.problem)])
             print(f"\n{name}, as the model sees it:\n{encoder.describe(example)}")
+            if note := few_tokens(example, encoder):
+                print(f"\n{note}")
         print(f"\n{name}: {len(part)} records")
         for title, numbers in (
             ("tokens", [measured.tokens for measured in sizes]),

@@ -16,6 +16,7 @@ def init(folder: Path) -> None:
     """
     from ..demo.game import all_scenes, record, write_clip
     from ..demo.tiny_model import save_tiny_model
+    from ..host.board_recipes import shipped
 
     kept, written = [], []
 
@@ -24,7 +25,7 @@ def init(folder: Path) -> None:
         return not path.exists()
 
     for part in ("recipes", "dataset_info"):
-        for file in _shipped(part):
+        for file in shipped(part):
             path = folder / part / file.name
             if is_new(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,13 +51,6 @@ def init(folder: Path) -> None:
         "Your own clips belong into data/, their records into data/wzry.json (dataset_info/README.md); then\n"
         "  llamafactory-cli train recipes/wzry_smoke.yaml dataset=wzry"
     )
-
-
-def _shipped(part: str) -> list[Path]:
-    """The files of a folder that goes with the package: inside it where it was installed, beside it in a clone."""
-    inside, beside = (Path(__file__).parents[depth] / part for depth in (1, 3))
-    folder = inside if inside.is_dir() else beside
-    return sorted(file for file in folder.iterdir() if file.suffix in (".yaml", ".json", ".md"))
 
 
 def add_init(commands: Any) -> None:

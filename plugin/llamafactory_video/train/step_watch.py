@@ -13,6 +13,7 @@ class StepWatch(TrainerCallback):
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
+        self._saved_at = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         steps = self.trainer.accelerator.gather(torch.tensor([state.global_step], device=args.device)).tolist()
@@ -21,7 +22,7 @@ class StepWatch(TrainerCallback):
                 f"processes would resume from different steps ({', '.join(map(str, steps))}): nodes with disks of their own "
                 "were killed between two checkpoints. Remove the newer one where there is one"
             )
-        self.trainer._resumed_at = state.global_step
+        self.trainer._resumed_at = self._saved_at = state.global_step
         if getattr(args, "overwrite_output_dir", False) and not state.global_step:
             self.trainer.remove_checkpoints()
         self.trainer.begin_record()
@@ -41,8 +42,15 @@ class StepWatch(TrainerCallback):
                 self.trainer._rates[group["module"]] = float(group["lr"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A checkpoint and an evaluation come with a line of the log: a resumed run then has the same lines."""
+        """A run that is stopped early leaves a checkpoint, from which it can go on. A checkpoint and an evaluation come with
+        a line of the log: a resumed run then has the same lines."""
+        step = state.global_step
+        if control.should_training_stop and self._saved_at < step < state.max_steps:
+            control.should_save = True
         if (control.should_save or control.should_evaluate) and args.logging_strategy != "no":
             control.should_log = True
 
     on_epoch_end = on_step_end
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._saved_at = state.global_step

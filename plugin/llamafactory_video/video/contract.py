@@ -27,7 +27,7 @@ _ABOUT = (
     "qwen_vl_utils, where they count one frame."
 )
 # What a difference is shown by.
-_CLIP = ClipInfo(num_frames=300, fps=30.0, duration=10.0, height=720, width=1280)
+EXAMPLE_CLIP = ClipInfo(num_frames=300, fps=30.0, duration=10.0, height=720, width=1280)
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def nearest(sampling: Sampling) -> Sampling:
     """
     if sampling.dialect == "qwen_finetune":
         return sampling
-    plan = plan_frames(_CLIP, sampling)
+    plan = plan_frames(EXAMPLE_CLIP, sampling)
     frames = len(plan.indices)
     size = plan.height * plan.width
     least, most = (size if bound is None else bound for bound in (sampling.min_pixels, sampling.max_pixels))
@@ -133,7 +133,7 @@ def nearest(sampling: Sampling) -> Sampling:
 
 def _clip_text(sampling: Sampling) -> str:
     try:
-        plan = plan_frames(_CLIP, sampling)
+        plan = plan_frames(EXAMPLE_CLIP, sampling)
     except SamplingError as error:
         return str(error)
     return f"{len(plan.indices)} frames of {plan.width} x {plan.height}, {plan.num_tokens} visual tokens"
@@ -141,6 +141,6 @@ def _clip_text(sampling: Sampling) -> str:
 
 def _picture_tokens(contract: Contract) -> int | str:
     try:
-        return tokens_of_image(_CLIP.height, _CLIP.width, contract.clips, *contract.image_pixels)
+        return tokens_of_image(EXAMPLE_CLIP.height, EXAMPLE_CLIP.width, contract.clips, *contract.image_pixels)
     except SamplingError as error:
         return str(error)
