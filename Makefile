@@ -2,6 +2,7 @@
 # make test       checks and tests
 # make thorough   all tests, with every example, kill, real clip, optimizer and engine
 # make browser    tests of pages in a real browser: Debian's chromium (apt install chromium)
+# make servers    tests with the code of vLLM and SGLang, which it installs (20 GB; SGLang's decoder needs apt install ffmpeg)
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 BIN = .venv/bin
@@ -9,7 +10,7 @@ export HF_HUB_OFFLINE ?= 1
 # OpenMP's threads must not spin while they wait: on busy cores that costs several times the time.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test thorough browser clean
+.PHONY: setup demo test thorough browser servers clean
 
 setup: .venv/ready
 
@@ -36,6 +37,11 @@ thorough: setup
 browser: setup
 	$(BIN)/pip install --disable-pip-version-check -q -e ".[browser]"
 	BROWSER=1 $(BIN)/pytest -m browser
+
+servers: setup
+	test -d .venv/vllm || ($(PYTHON) -m venv .venv/vllm && .venv/vllm/bin/pip install --disable-pip-version-check -q vllm==0.33.0)
+	test -d .venv/sglang || ($(PYTHON) -m venv .venv/sglang && .venv/sglang/bin/pip install --disable-pip-version-check -q sglang==0.5.23)
+	SERVERS=1 $(BIN)/pytest -m servers -n 0
 
 clean:
 	rm -rf .venv output

@@ -25,9 +25,8 @@ THOROUGH = bool(os.environ.get("THOROUGH"))  # set by `make thorough`
 
 
 def pytest_collection_modifyitems(config, items):
-    """Tests marked thorough run in `make thorough` alone, those marked browser in `make browser`."""
-    unasked = [] if THOROUGH else ["thorough"]
-    unasked += [] if os.environ.get("BROWSER") else ["browser"]
+    """Tests marked thorough run in `make thorough` alone, those marked browser or servers in targets of these names."""
+    unasked = [name for name in ("thorough", "browser", "servers") if not os.environ.get(name.upper())]
     left = [item for item in items if any(item.get_closest_marker(name) for name in unasked)]
     if left:
         config.hook.pytest_deselected(items=left)

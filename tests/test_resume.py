@@ -97,6 +97,7 @@ def test_a_run_that_llama_board_aborts_goes_on_where_it_stopped(keys, tmp_path):
     assert 0 < step < STEPS
     run = Run(keys, output, own_env=board, **overrides)
     assert run.end() == [0], run.log()[-3000:]
+    assert f"holds a run that was stopped at step {step} of {STEPS}; this one resumes" in run.log()
     assert history(output) == history(whole)
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     assert all(line["clips_per_second"] > 0 for line in lines if "loss" in line)

@@ -16,13 +16,14 @@ from .board_recipes import (
     read_recipe,
     recipe_text,
     template_of,
+    trained_folders,
     training_recipes,
 )
 from .core import is_ours, replace_everywhere
 from .known import check_datasets, check_given
 
 _LANGUAGES = ("en", "ru", "zh", "ko", "ja")
-_SPEEDS = {"clips_per_second": "{:.3g} clips/s", "mfu": "MFU {:.1%}"}
+_SPEEDS = {"clips_per_second": "{:.3g} clips/s", "mfu": "MFU {:.1%}"}  # of a run's log
 
 
 def extend_board(interface: ModuleType) -> None:
@@ -39,7 +40,10 @@ def extend_board(interface: ModuleType) -> None:
     replace_everywhere(common, "save_cmd", _save_recipe(common))
     replace_everywhere(common, "gen_cmd", _show_recipe(common.gen_cmd))
     replace_everywhere(common, "get_template", _get_template(common))
-    replace_everywhere(control, "list_config_paths", _list_recipes(control.list_config_paths))
+    replace_everywhere(control, "list_config_paths", _list_config_paths(common.DEFAULT_CONFIG_DIR))
+    replace_everywhere(
+        control, "list_checkpoints", _list_checkpoints(common, lambda kind: kind in control.PEFT_METHODS)
+    )
     replace_everywhere(control, "get_trainer_info", _telling_speed(control.get_trainer_info, control.TRAINER_LOG))
     replace_everywhere(runner, "Runner", _runner(runner, common, SUPPORTED_MODELS))
     replace_everywhere(engine, "Engine", _engine(engine, common))
@@ -88,23 +92,42 @@ def _show_recipe(stock: Callable) -> Callable:
     return gen_cmd
 
 
-def _list_recipes(stock: Callable) -> Callable:
+def _list_config_paths(folder: str) -> Callable:
+    import gradio as gr
+
     def list_config_paths(current_time: str) -> Any:
-        listed = stock(current_time)
-        return type(listed)(choices=[*(choice for _, choice in listed.choices), *training_recipes()])
+        saved = (path.name for path in sorted(Path(folder).glob("*.yaml")))
+        return gr.Dropdown(choices=[*dict.fromkeys((f"{current_time}.yaml", *saved, *training_recipes()))])
 
     return list_config_paths
 
 
+def _list_checkpoints(common: ModuleType, is_adapter: Callable[[str], bool]) -> Callable:
+    import gradio as gr
+
+    def list_checkpoints(model_name: str, finetuning_type: str) -> Any:
+        one = is_adapter(finetuning_type)
+        found = trained_folders(Path(common.get_save_dir(model_name, finetuning_type)), one) if model_name else []
+        choices = [*(path.name for path in found), *map(str, trained_folders(Path("output"), one))]
+        return gr.Dropdown(value=[] if one else None, choices=choices, multiselect=one)
+
+    return list_checkpoints
+
+
 def _telling_speed(stock: Callable, log_name: str) -> Callable:
+    import gradio as gr
+
     def get_trainer_info(lang: str, output_path: str, do_train: bool) -> tuple:
         text, progress, info = stock(lang, output_path, do_train)
         log = Path(output_path, log_name)
         lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
-        if lines and progress.label:
-            last = json.loads(lines[-1])
-            told_speeds = [form.format(last[name]) for name, form in _SPEEDS.items() if name in last]
-            progress.label = " · ".join([progress.label, *told_speeds])
+        last = json.loads(lines[-1]) if lines else {}
+        speeds = [form.format(last[name]) for name, form in _SPEEDS.items() if name in last]
+        if speeds:
+            steps = f"Running {last['current_steps']}/{last['total_steps']}"
+            times = f"{last['elapsed_time']} < {last['remaining_time']}"
+            label = " · ".join([f"{steps}: {times}", *speeds])
+            progress = gr.Slider(label=label, value=last["percentage"], visible=True)
         return text, progress, info
 
     return get_trainer_info

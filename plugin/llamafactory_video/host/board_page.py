@@ -168,12 +168,14 @@ def extend_infer_tab(stock: Callable) -> Callable:
 
 
 def _with_likeliest(engine: Any, temperature: Any) -> None:
-    """Temperatures begin at 0, the likeliest answer, which our templates take unless told otherwise."""
+    """Temperatures of our templates begin at 0, the likeliest answer, which is taken unless another is chosen."""
     import gradio as gr
 
-    temperature.minimum = 0.0
-    usual = temperature.value
+    usual = {"value": temperature.value, "minimum": temperature.minimum}
     template = engine.manager.get_elem_by_id("top.template")
     template.change(
-        lambda chosen: gr.update(value=0.0 if is_ours(chosen) else usual), [template], [temperature], queue=False
+        lambda chosen: gr.update(**({"value": 0.0, "minimum": 0.0} if is_ours(chosen) else usual)),
+        [template],
+        [temperature],
+        queue=False,
     )

@@ -49,6 +49,14 @@ def training_recipes() -> list[str]:
     ]
 
 
+def trained_folders(folder: Path, adapters: bool) -> list[Path]:
+    """The folders of adapters or of whole models below a folder, two deep at most, without their checkpoints."""
+    pattern = "adapter_model*" if adapters else "model*.safetensors*"
+    depths = ("*", "*/*")
+    found = {file.parent for depth in depths for file in folder.glob(f"{depth}/{pattern}")}
+    return sorted(path for path in found if not path.name.startswith("checkpoint-"))
+
+
 def recipe_for(template: str, finetuning_type: str) -> dict[str, Any]:
     """The values that a choice of template and kind of training fills in."""
     name = {"full": "wzry_full.yaml", "freeze": "wzry_frozen_vision.yaml"}.get(finetuning_type, "wzry_lora.yaml")

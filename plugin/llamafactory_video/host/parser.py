@@ -246,9 +246,18 @@ def _check_folders(logger: Any, model_args: Any, training_args: Any, finetuning_
     check_resumable(Path(before), finetuning_args.finetuning_type, adapter)
     if Path(folder, "train_results.json").is_file():
         logger.warning_rank0(
-            f"{training_args.output_dir} holds a finished run; this one resumes from its last checkpoint. To start "
+            f"{training_args.output_dir} holds {_run_in(folder)}; this one resumes from its last checkpoint. To start "
             "over, set another output_dir or remove that folder."
         )
+
+
+def _run_in(folder: Path) -> str:
+    try:
+        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        step, steps = state["global_step"], state["max_steps"]
+    except (OSError, ValueError, KeyError):
+        return "a finished run"
+    return "a finished run" if step >= steps else f"a run that was stopped at step {step} of {steps}"
 
 
 def _check_keys_fit_template(model_args: Any, data_args: Any, finetuning_args: Any) -> None:

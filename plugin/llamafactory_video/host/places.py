@@ -130,6 +130,7 @@ TABLE: dict[str, tuple[dict[str, str], str | None]] = {
         {"LogCallback.on_log": "args state control", "LogCallback._write_log": "output_dir logs"},
         None,
     ),
+    "llamafactory.train.tuner": ({"export_model": "args", "logger": ""}, "export.extend_tuner"),
     "llamafactory.chat.hf_engine": (
         {
             "HuggingfaceEngine.__init__": "model_args data_args finetuning_args generating_args",
@@ -148,12 +149,20 @@ TABLE: dict[str, tuple[dict[str, str], str | None]] = {
                 "load_config": "",
                 "get_model_path": "model_name",
             },
-            "TRAINING_ARGS": "",
+            **{"TRAINING_ARGS": "", "DEFAULT_CONFIG_DIR": "", "get_save_dir": ""},
         },
         None,
     ),
     "llamafactory.webui.control": (
-        {"list_config_paths": "current_time", "get_trainer_info": "lang output_path do_train", "TRAINER_LOG": ""},
+        {
+            **{
+                "list_config_paths": "current_time",
+                "list_checkpoints": "model_name finetuning_type",
+                "PEFT_METHODS": "",
+            },
+            "get_trainer_info": "lang output_path do_train",
+            "TRAINER_LOG": "",
+        },
         None,
     ),
     "llamafactory.webui.runner": (

@@ -1,6 +1,7 @@
 """A model behind an OpenAI-compatible address, asked as `VideoModel` is: by this project's API, vLLM, SGLang or a provider.
 
-Clips are sent whole, with their settings beside them; how they are sampled is the server's affair.
+Clips are sent whole, with their settings beside them, and how they are sampled is the server's affair; or their frames are
+sent, sampled here, with their times, as vLLM takes them.
 """
 
 import base64
@@ -13,7 +14,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import requests
+from PIL import Image
 
 from ..media import (
     ASSISTANT,
@@ -25,7 +28,9 @@ from ..media import (
     is_address,
     laid_out,
 )
+from ..prompt.encoder import Encoder
 from .decoding import GREEDY, Decoding
+from .servers import TICKS, ticks_of
 
 _ROLES = {USER: "user", ASSISTANT: "assistant", TOOL: "tool", FUNCTION: "assistant"}
 _WAITS = (1, 4, 16)  # seconds before a question that failed for the server's sake is asked again
@@ -39,12 +44,15 @@ class ServedModel:
         address: such as http://127.0.0.1:8000/v1, with #NAME behind it where the server has several models.
         timeout: seconds that one answer may take.
         key: that the server asks for; None: the variable OPENAI_API_KEY.
+        encoder: what samples clips here, as the model was trained, so that frames are sent; None: clips are sent whole.
     """
 
-    def __init__(self, address: str, timeout: float = 600.0, key: str | None = None) -> None:
+    def __init__(
+        self, address: str, timeout: float = 600.0, key: str | None = None, encoder: Encoder | None = None
+    ) -> None:
         self.address, _, self.name = address.partition("#")
         self.timeout, self.key = timeout, key or os.environ.get("OPENAI_API_KEY", "none")
-        self._session = requests.Session()
+        self._session, self._encoder = requests.Session(), encoder
         if not self.name:
             self.name = self._only_model()
 
@@ -75,7 +83,7 @@ class ServedModel:
     def _ask(self, question: Conversation, decoding: Decoding) -> str:
         body = {
             "model": self.name,
-            "messages": messages_of(question),
+            **asked_of_server(question, self._encoder),
             "temperature": decoding.temperature,
             "top_p": decoding.top_p,
             "max_tokens": decoding.max_new_tokens,
@@ -129,23 +137,54 @@ def _reason(answer: requests.Response) -> str:
         return answer.text[:200]
 
 
-def messages_of(question: Conversation) -> list[dict[str, Any]]:
-    """A question's turns as OpenAI's API has them, but for the answer that is to come; clips and pictures inside them."""
+def asked_of_server(question: Conversation, encoder: Encoder | None = None) -> dict[str, Any]:
+    """What of a request's body tells the question: its messages, and how its frames are to be taken.
+
+    Args:
+        encoder: what samples its clips; None: they are sent whole.
+
+    Raises:
+        ValueError: if a server cannot be asked it.
+    """
+    if encoder is None or not question.videos:
+        return {"messages": messages_of(question)}
+    if len(question.videos) > 1:
+        raise ValueError(f"{len(question.videos)} clips in one question: vLLM takes the frames and times of one")
+    _, (clip,) = encoder.load(question)
+    times, size = list(clip.plan.times), len(clip.plan.times) // clip.plan.grid[0]
+    ticks = ticks_of(times, size)
+    told = {"num_frames": -1, "fps": TICKS, "frames_indices": ticks, "total_num_frames": ticks[-1] + 1}
+    told |= {"duration": times[-1], "do_sample_frames": False}
+    return {
+        "messages": messages_of(question, _frames_url(clip.frames)),
+        "media_io_kwargs": {"video": told},
+        "mm_processor_kwargs": {"videos_kwargs": {"do_resize": False, "do_sample_frames": False}},
+    }
+
+
+def messages_of(question: Conversation, frames: str | None = None) -> list[dict[str, Any]]:
+    """A question's turns as OpenAI's API has them, but for the answer that is to come; clips and pictures inside them.
+
+    Args:
+        frames: a data URL of the frames of its one clip, in place of the clip.
+    """
     clips, images = iter(question.videos), iter(question.images)
     messages: list[dict[str, Any]] = [{"role": "system", "content": question.system}] if question.system else []
     for role, text in question.messages[:-1]:
         if role not in (USER, TOOL):
             messages.append({"role": _ROLES[role], "content": text})
             continue
-        items = [_item(kind, shown) for kind, shown in laid_out(text, clips, images)]
+        items = [_item(kind, shown, frames) for kind, shown in laid_out(text, clips, images)]
         messages.append({"role": _ROLES[role], "content": items})
     return messages
 
 
-def _item(kind: str, shown: Any) -> dict[str, Any]:
+def _item(kind: str, shown: Any, frames: str | None) -> dict[str, Any]:
     if kind == "text":
         return {"type": "text", "text": shown}
-    return _clip_item(shown) if kind == "video" else {"type": "image_url", "image_url": {"url": _data_url(shown)}}
+    if kind == "image":
+        return {"type": "image_url", "image_url": {"url": _data_url(shown)}}
+    return _clip_item(shown) if frames is None else {"type": "video_url", "video_url": {"url": frames}}
 
 
 def _clip_item(clip: Clip) -> dict[str, Any]:
@@ -154,6 +193,16 @@ def _clip_item(clip: Clip) -> dict[str, Any]:
     settings = {name: value for name, value in clip.settings.items() if value is not None}
     ends = {name: getattr(clip, name) for name in ("start", "end") if getattr(clip, name) is not None}
     return {"type": "video_url", "video_url": {"url": _data_url(clip.path)}, **settings, **ends}
+
+
+def _frames_url(frames: np.ndarray) -> str:
+    """Frames, (T, H, W, 3), as vLLM takes a clip of single pictures; these are PNG, whatever the name says, and lose nothing."""
+    parts = []
+    for frame in frames:
+        buffer = io.BytesIO()
+        Image.fromarray(frame).save(buffer, "PNG", compress_level=1)
+        parts.append(base64.b64encode(buffer.getvalue()).decode())
+    return f"data:video/jpeg;base64,{','.join(parts)}"
 
 
 def _data_url(media: Any) -> str:

@@ -33,6 +33,17 @@ def clip_argument(text: str) -> str | dict[str, Any]:
     return {"path": part[1], **{name: float(value) for name, value in ends.items() if value}}
 
 
+def clip_name(clip: str | dict[str, Any]) -> str:
+    """What a person calls a clip that `clip_argument` has read."""
+    if isinstance(clip, str):
+        return clip
+    return (
+        f"{clip['path']}#{clip.get('start', 0):g}-{clip['end']:g}"
+        if "end" in clip
+        else f"{clip['path']}#{clip['start']:g}-"
+    )
+
+
 def clip_files(folder: Path) -> list[Path]:
     """The video files of a folder, by their names' endings, in order.
 

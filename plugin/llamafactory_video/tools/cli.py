@@ -15,6 +15,7 @@ import yaml
 
 from .convert import add_convert
 from .evaluate import add_eval
+from .export import add_export
 from .infer import add_infer
 from .init import add_init
 from .score import add_score
@@ -276,6 +277,7 @@ def main() -> None:
     add_score(commands)
     add_infer(commands)
     add_init(commands)
+    add_export(commands)
     options, more = parser.parse_known_args()
     if any("=" not in word or word.startswith("-") for word in more) or (more and not hasattr(options, "overrides")):
         parser.error(f"unrecognized arguments: {' '.join(more)}")
@@ -288,7 +290,7 @@ def main() -> None:
             sys.exit(f"lmf-video: {error}")
     os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
     try:
-        if options.command in ("convert", "eval", "infer", "init", "score"):
+        if hasattr(options, "run"):
             sys.exit(1 if options.run(options) else 0)
         if wrong := [word for word in options.overrides if "=" not in word]:
             raise ValueError(f"{wrong[0]} is no override; write key=value, such as dataset=wzry")

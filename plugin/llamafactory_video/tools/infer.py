@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..media import is_address
 from ..records.json_text import json_text, read_json
-from ..records.question import Asked, clip_argument, clip_files, question, read_questions
+from ..records.question import Asked, clip_argument, clip_files, clip_name, question, read_questions
 from ..records.schema import given_schema
 from ..video.contract import SAMPLING_KEYS
 
@@ -90,6 +90,13 @@ def add_answering(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="as this model, where the folder of the one that is asked does not tell how",
     )
+    sampling.add_argument(
+        "--send",
+        choices=("clips", "frames"),
+        default="clips",
+        help="to an address: clips whole (default), or frames that are sampled here, as --sampled-as says, with their times; "
+        "vLLM takes them (lmf-video export --for vllm)",
+    )
     for key in SAMPLING_KEYS:
         kind = str if key in _TEXTS else float if key == "video_fps" else int
         sampling.add_argument(f"--{key.replace('_', '-')}", type=kind)
@@ -143,9 +150,17 @@ def sampling_of(options: argparse.Namespace) -> dict[str, Any]:
 def _load(options: argparse.Namespace) -> Any:
     """The model that is asked; one behind an address knows `ask_many` alone."""
     if is_address(options.model):
+        from ..model.loading import load_encoder
         from ..model.served import ServedModel
 
-        return ServedModel(options.model)
+        if options.send == "clips":
+            return ServedModel(options.model)
+        if options.sampled_as is None:
+            raise ValueError(
+                "--send frames: give --sampled-as FOLDER, of the model, which tells how its clips are sampled"
+            )
+        shared = {"remote_media": options.remote_media, "log": _say, **sampling_of(options)}
+        return ServedModel(options.model, encoder=load_encoder(options.sampled_as, **shared))
     from ..model.video_model import VideoModel
 
     return VideoModel.load(
@@ -193,7 +208,7 @@ def _questions(options: argparse.Namespace) -> list[Asked]:
     for name in options.video:
         clips += [str(file) for file in clip_files(Path(name))] if Path(name).is_dir() else [clip_argument(name)]
     groups = [clips] if options.together or not clips else [[clip] for clip in clips]
-    names = {id(group): tuple(_clip_name(clip) for clip in group) for group in groups}
+    names = {id(group): tuple(clip_name(clip) for clip in group) for group in groups}
     asked = []
     for group in groups:
         for number, prompt in enumerate(options.prompt, start=1):
@@ -208,16 +223,6 @@ def _questions(options: argparse.Namespace) -> list[Asked]:
     if len(asked) == 1 and isinstance(asked[0].conversation, ValueError):
         raise asked[0].conversation
     return asked
-
-
-def _clip_name(clip: str | dict[str, Any]) -> str:
-    if isinstance(clip, str):
-        return clip
-    return (
-        f"{clip['path']}#{clip.get('start', 0):g}-{clip['end']:g}"
-        if "end" in clip
-        else f"{clip['path']}#{clip['start']:g}-"
-    )
 
 
 def _answers(
@@ -294,7 +299,12 @@ def _weights(model: str) -> list[Any]:
 def settings_of(decoding: Any, options: argparse.Namespace) -> list[Any]:
     """All but the question that an answer depends on: another model, weights that were trained again, other settings."""
     settings = [options.model, options.adapter, options.dtype, options.load_in_4bit, decoding, sampling_of(options)]
-    return [*settings, options.sampled_as, *(_weights(name) for name in (options.model, *options.adapter))]
+    return [
+        *settings,
+        options.sampled_as,
+        options.send,
+        *(_weights(name) for name in (options.model, *options.adapter)),
+    ]
 
 
 def digest_of(parts: list[Any]) -> str:

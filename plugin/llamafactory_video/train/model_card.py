@@ -1,4 +1,4 @@
-"""The section on a run in its model's README.md."""
+"""A model's README.md: how it is asked, and the run that made it."""
 
 import re
 from collections.abc import Sequence
@@ -7,8 +7,10 @@ from typing import Any
 
 import yaml
 
+from ..model.asking import how_to_ask
 from .run_record import FILE, write_whole
 
+_GENERATED = "This model card has been generated automatically"
 _BEGIN, _END = "<!-- llamafactory-video: run -->", "<!-- llamafactory-video: end of run -->"
 
 
@@ -26,6 +28,9 @@ def model_card_section(record: dict[str, Any]) -> str:
     parts = ["## How this model was made", f"All values are in [`{FILE}`]({FILE})."]
     run = [("started", record["started"]), ("finished", record["finished"] or "no"), ("steps", record["steps"])]
     run += [(f"resumed from step {again['from_step']}", _resumed(again)) for again in record.get("history", [])]
+    run += [
+        (f"exported {one['time']}", f"{', '.join(one['of'])}, in {one['dtype']}") for one in record.get("exports", [])
+    ]
     if "git" in record:
         run.append(("git", record["git"]["revision"] + (" with changes" if record["git"]["dirty"] else "")))
     machine = record["machine"]
@@ -67,16 +72,68 @@ def _resumed(again: dict[str, Any]) -> str:
 
 
 def add_to_model_card(readme: Path, record: dict[str, Any]) -> None:
-    """Put the record into a model card in place of an earlier one, or behind all that it says."""
+    """Put the record, and how the model is asked, into a model card in place of earlier ones, or behind all that it says.
+
+    A card that transformers has filled in, which says "More information needed" and links folders, gives way to one of ours.
+    """
     try:
         card = readme.read_text(encoding="utf-8")
     except FileNotFoundError:
         card = ""
+    folder = readme.parent
+    if _GENERATED in card:
+        about = yaml.safe_load(card.split("---")[1]) if card.startswith("---") else {}
+        card = _head(folder.resolve().name, record, record["recipe"].get("model_name_or_path", ""), about)
     # The card's own text may hold no marks of ours; the record's may, inside its recipe.
-    section = model_card_section(record).replace(_BEGIN, "").replace(_END, "")
+    section = how_to_ask(folder, folder.name) + "\n" + model_card_section(record)
+    section = section.replace(_BEGIN, "").replace(_END, "").lstrip("\n")
     begin, end = card.find(_BEGIN), card.rfind(_END)
     if 0 <= begin < end:
         before, after = card[:begin], card[end + len(_END) :]
     else:
         before, after = card.rstrip() + "\n\n" if card.strip() else "", "\n"
     write_whole(readme, f"{before}{_BEGIN}\n{section}{_END}{after}")
+
+
+def write_export_card(
+    folder: Path, record: dict[str, Any] | None, base: str, sources: Sequence[str], hub: str | None
+) -> None:
+    """Write the card of an exported model.
+
+    Args:
+        record: of the run that made it, if it is known.
+        base: the model that adapters were merged into.
+        sources: these adapters, or the model itself.
+        hub: the name that it will have on a hub.
+    """
+    parts = [
+        _head(hub or folder.resolve().name, record, base, {"tags": ["llama-factory"]}),
+        how_to_ask(folder, hub or folder.name),
+    ]
+    if record is None:
+        parts.append(f"## How this model was made\n\nOf {', '.join(sources)}, which hold no record of a run.\n")
+    else:
+        parts.append(f"{_BEGIN}\n{model_card_section(record)}{_END}\n")
+    write_whole(folder / "README.md", "\n".join(parts))
+
+
+def _head(name: str, record: dict[str, Any] | None, base: str, about: dict[str, Any]) -> str:
+    """What a hub reads of a card, and its first sentence.
+
+    Args:
+        about: what is known to the hub already.
+    """
+    told = {
+        key: value for key, value in about.items() if key not in ("model-index", "base_model")
+    }  # empty, or a folder
+    told |= {"library_name": "transformers", "pipeline_tag": "video-text-to-text"}
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()
+    if on_hub:
+        told["base_model"] = base
+    told["tags"] = [*told.get("tags", []), "llamafactory-video"]
+    said = f"Made of {f'[{base}](https://huggingface.co/{base})' if on_hub else f'`{base}`'}"
+    if record is not None and (data := record["recipe"].get("dataset")):
+        count = sum(part.get("records") or 0 for key, part in record["data"].items() if key.startswith("train"))
+        said += f", trained on {f'{count:,} records of ' if count else ''}`{data}`"
+    text = yaml.safe_dump(told, allow_unicode=True, sort_keys=False)
+    return f"---\n{text}---\n\n# {name}\n\n{said}.\n"

@@ -12,7 +12,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
@@ -241,6 +241,17 @@ def finished(record: dict[str, Any], steps: int, results: Mapping[str, Any]) -> 
         results: of training and evaluation, as in all_results.json.
     """
     return {**record, "finished": _now(), "steps": steps, "results": plain(results)}
+
+
+def record_of_export(record: dict[str, Any], sources: Sequence[str], dtype: str) -> dict[str, Any]:
+    """The record of a run whose model was exported.
+
+    Args:
+        sources: adapters that were merged, or the model.
+        dtype: of the weights that were written.
+    """
+    export = {"time": _now(), "of": [Path(source).name for source in sources], "dtype": dtype}
+    return {**record, "exports": [*record.get("exports", []), export]}
 
 
 def _now() -> str:

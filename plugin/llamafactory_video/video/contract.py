@@ -100,7 +100,7 @@ def difference(before: Contract, after: Contract) -> str:
         names.append(f"pixels of a picture {before.image_pixels} -> {after.image_pixels}")
     if not names:
         return ""
-    shown = " -> ".join(_clip_text(contract.clips) for contract in (before, after))
+    shown = " -> ".join(clip_text(contract.clips) for contract in (before, after))
     pictures = [_picture_tokens(contract) for contract in (before, after)]
     picture = (
         f"; one picture of that size: {pictures[0]} -> {pictures[1]} visual tokens" if len(set(pictures)) > 1 else ""
@@ -131,7 +131,8 @@ def nearest(sampling: Sampling) -> Sampling:
     )
 
 
-def _clip_text(sampling: Sampling) -> str:
+def clip_text(sampling: Sampling) -> str:
+    """What is shown of the example clip, or why nothing is."""
     try:
         plan = plan_frames(EXAMPLE_CLIP, sampling)
     except SamplingError as error:
