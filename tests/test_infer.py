@@ -411,3 +411,18 @@ def test_answers_to_records_have_their_labels(home, tmp_path):
         assert result.returncode == 1
         assert message in result.stderr
         assert "Traceback" not in result.stderr
+
+
+def test_a_model_that_was_quantized_before_keeps_how(home, monkeypatch):
+    """Of AWQ, say: its config tells, and None in place of it would not."""
+    from llamafactory_video.model import loading
+
+    given = []
+    stock = loading.AutoModelForImageTextToText.from_pretrained
+    monkeypatch.setattr(
+        loading.AutoModelForImageTextToText,
+        "from_pretrained",
+        lambda *a, **keys: given.append(keys) or stock(*a, **keys),
+    )
+    loading.load_model(str(home / "model"), device="cpu", log=lambda _: None)
+    assert "quantization_config" not in given[0]

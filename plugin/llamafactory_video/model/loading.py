@@ -103,9 +103,9 @@ def load_model(
     processor = AutoProcessor.from_pretrained(model)
     tokenizer = processor.tokenizer
     grown = add_trained_tokens(tokenizer, adapters, log)
-    loaded = AutoModelForImageTextToText.from_pretrained(
-        model, dtype=kind, device_map={"": device}, quantization_config=_four_bits(kind) if load_in_4bit else None
-    )
+    # None, given, would take the place of how a model was quantized that is stored so (AWQ, FP8).
+    quantized = {"quantization_config": _four_bits(kind)} if load_in_4bit else {}
+    loaded = AutoModelForImageTextToText.from_pretrained(model, dtype=kind, device_map={"": device}, **quantized)
     rows = loaded.get_input_embeddings().weight.shape[0]
     if grown and len(tokenizer) > rows:
         loaded.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
