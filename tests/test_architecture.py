@@ -23,7 +23,7 @@ ROOMS = {
     "train": {"media", "families", "records", "prompt", "model", "evaluate"},
     "serve": {"media", "words", "records", "video", "prompt", "model"},
     "lmms": {"media", "records", "model"},
-    "host": {"media", "words", "families", "records", "video", "prompt", "train", "model", "serve", ""},
+    "host": {"media", "words", "families", "records", "evaluate", "video", "prompt", "train", "model", "serve", ""},
     "tools": {"media", "records", "video", "prompt", "model", "host", "demo", "evaluate"},
     "demo": set(),
     "": {"host", "model"},

@@ -142,6 +142,23 @@ def test_evaluation_has_a_media_dir_and_the_likeliest_answer(board):
     assert shown["temperature"] == 0.5 and "do_sample" not in shown
 
 
+def test_answers_that_are_json_are_judged_by_their_fields(board, tmp_path):
+    from llamafactory.webui import runner
+
+    label = json.dumps({"tags": ["凯", "团战"]}, ensure_ascii=False)
+    half = json.dumps({"tags": ["凯", "推塔"]}, ensure_ascii=False)
+    lines = [
+        {"source": f"r{i}", "clips": [f"{i}.mp4"], "label": label, "predict": said}
+        for i, said in enumerate((label, half))
+    ]
+    (tmp_path / "generated_predictions.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    (tmp_path / "all_results.json").write_text('{"predict_bleu-4": 50.0}')
+    shown = runner.load_eval_results(str(tmp_path / "all_results.json"))
+    assert "tags.f1" in shown and "0.750" in shown and "predict_bleu-4" in shown
+    (tmp_path / "all_results.json").write_text('{"eval_loss": 1.0}')  # of a run that generates nothing
+    assert "tags.f1" not in runner.load_eval_results(str(tmp_path / "all_results.json"))
+
+
 def test_models_and_templates_belong_together(board, home):
     from llamafactory.webui import common
 

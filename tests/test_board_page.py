@@ -76,6 +76,10 @@ def page(address):
 
 def picture(page, name: str, whole: bool = True) -> None:
     if PICTURES:
+        if not whole:  # what lies below the buttons
+            page.get_by_role("button", name="Start").locator("visible=true").scroll_into_view_if_needed()
+            page.mouse.wheel(0, 600)
+            page.wait_for_timeout(500)
         page.screenshot(path=f"{PICTURES}/{name}.png", full_page=whole)
 
 
@@ -183,7 +187,8 @@ def test_the_trained_model_is_evaluated(page, home):
     assert page.get_by_label("number input for Temperature").locator("visible=true").input_value() == "0"
     page.get_by_role("button", name="Start").locator("visible=true").click()
     wait_for(page, lambda: "predict_rouge-l" in text_of(page), minutes=3)
-    picture(page, "evaluated")
+    assert "tags.f1" in text_of(page)  # of the answers' own fields
+    picture(page, "evaluated", whole=False)
     (file,) = (home / "saves").rglob("generated_predictions.jsonl")
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     assert len(lines) == 16 and sum(line["predict"] == line["label"] for line in lines) >= 14

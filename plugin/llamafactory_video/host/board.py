@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ..evaluate.report import Example, make_report, table
 from .board_fields import FILLED, FREEZE_FIELDS, GROUP, IMAGE_FIELDS, STOCK_FIELDS, VIDEO_FIELDS, entered
 from .board_page import extend_eval_tab, extend_infer_tab, extend_train_tab, filled
 from .board_recipes import (
@@ -45,6 +46,7 @@ def extend_board(interface: ModuleType) -> None:
         control, "list_checkpoints", _list_checkpoints(common, lambda kind: kind in control.PEFT_METHODS)
     )
     replace_everywhere(control, "get_trainer_info", _telling_speed(control.get_trainer_info, control.TRAINER_LOG))
+    replace_everywhere(common, "load_eval_results", _with_scores(common.load_eval_results))
     replace_everywhere(runner, "Runner", _runner(runner, common, SUPPORTED_MODELS))
     replace_everywhere(engine, "Engine", _engine(engine, common))
     replace_everywhere(chatter, "WebChatModel", _chatter(chatter))
@@ -199,6 +201,20 @@ def _runner(runner: ModuleType, common: ModuleType, models: dict[str, Any]) -> t
             }
 
     return Runner
+
+
+def _with_scores(stock: Callable) -> Callable:
+    def load_eval_results(path: str) -> str:
+        """What LLaMA-Factory measures, below what `lmf-video score` does of the same answers."""
+        text, file = stock(path), Path(path).with_name("generated_predictions.jsonl")
+        lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if "predict_" in text else []
+        if not lines or "source" not in lines[0]:  # of another template
+            return text
+        examples = [Example(line["source"], tuple(line["clips"]), line["label"]) for line in lines]
+        report = make_report(examples, {"model": [line["predict"] for line in lines]})
+        return f"```\n{table(report.value)}\n```\n\n{text}"
+
+    return load_eval_results
 
 
 # --- Reasons of errors ---
