@@ -159,6 +159,31 @@ def test_answers_that_are_json_are_judged_by_their_fields(board, tmp_path):
     assert "tags.f1" not in runner.load_eval_results(str(tmp_path / "all_results.json"))
 
 
+def test_extra_arguments_that_stand_over_a_field_are_told(board, monkeypatch):
+    from llamafactory.webui import runner
+
+    told = []
+    monkeypatch.setattr(runner.gr, "Info", told.append)
+    fields = page(
+        board, train__extra_args='{"warmup_steps": 0.03, "video_fps": 2, "optim": "sgd"}', train__video_fps="4"
+    )
+    assert previewed(board, fields)["video_fps"] == 2
+    assert told == ["Extra arguments stand over fields: warmup_steps 0.03 (field: 0), video_fps 2 (field: 4)"]
+
+
+def test_what_recipes_have_written_can_be_chosen(board, home):
+    from llamafactory.webui import control
+
+    for name in ("saves/Custom/lora/one/adapter_model.safetensors", "output/wzry_lora/adapter_model.safetensors"):
+        (home / name).parent.mkdir(parents=True)
+        (home / name).touch()
+    for name in ("output/demo/tuned", "output/demo/tuned/checkpoint-2"):
+        (home / name).mkdir(parents=True)
+        (home / name / "model.safetensors.index.json").touch()
+    choices = [[c for _, c in control.list_checkpoints("Custom", kind).choices] for kind in ("lora", "full")]
+    assert choices == [["one", "output/wzry_lora"], ["output/demo/tuned"]]
+
+
 def test_models_and_templates_belong_together(board, home):
     from llamafactory.webui import common
 

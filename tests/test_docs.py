@@ -1,11 +1,9 @@
 """README and docs: every link leads somewhere, every command runs or is accepted, and both languages say the same."""
 
-import http.server
 import json
 import re
 import shlex
 import shutil
-import threading
 import tomllib
 from pathlib import Path
 
@@ -152,39 +150,11 @@ def home(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def address():
-    """A server in OpenAI's form."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self):
-            self.rfile.read(int(self.headers["Content-Length"]))
-            self._send({"choices": [{"message": {"content": "答"}}]})
-
-        def do_GET(self):
-            self._send({"data": [{"id": "wzry"}]})
-
-        def _send(self, value):
-            body = json.dumps(value).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-
-
 @pytest.mark.parametrize("words", ALL)
-def test_commands_run_or_are_accepted(home, address, tmp_path, monkeypatch, words):
+def test_commands_run_or_are_accepted(home, openai_server, tmp_path, monkeypatch, words):
     """`lmf-video` runs. LLaMA-Factory's commands are parsed, as far as this machine can; of others, their options exist."""
     monkeypatch.chdir(home)
-    program, *rest = [word.replace("http://127.0.0.1:8000", address) for word in words]
+    program, *rest = [word.replace("http://127.0.0.1:8000", openai_server[0]) for word in words]
     if program == "lmf-video":
         if rest[0] in ("check", "cache") and any(word.endswith(".yaml") for word in rest):
             rest += ["model_name_or_path=tiny", f"video_cache_dir={tmp_path}", "deepspeed=null"]

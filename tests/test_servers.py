@@ -4,12 +4,10 @@
 """
 
 import base64
-import http.server
 import io
 import json
 import os
 import subprocess
-import threading
 from fractions import Fraction
 from pathlib import Path
 
@@ -114,37 +112,9 @@ def test_frames_arrive_as_training_showed_them(home, dialect):
         asked_of_server(question("<video><video>", [str(home / "a.mp4"), str(home / "b.mp4")]), encoder)
 
 
-@pytest.fixture
-def server():
-    """A server in OpenAI's form, which keeps what it is asked."""
-    asked = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self):
-            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self._send({"choices": [{"message": {"content": "好"}}]})
-
-        def do_GET(self):
-            self._send({"data": [{"id": "only"}]})
-
-        def _send(self, value):
-            body = json.dumps(value).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_):
-            pass
-
-    served = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=served.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{served.server_port}/v1", asked
-    served.shutdown()
-
-
-def test_infer_sends_frames(home, server, tmp_path):
-    address, asked = server
+def test_infer_sends_frames(home, openai_server, tmp_path):
+    address, asked = openai_server
+    address += "/v1"
     words = ["--video", str(home / "a.mp4"), "--prompt", QUESTION, "--out", str(tmp_path / "out.jsonl")]
     told = run("lmf-video", "infer", "--model", address, "--send", "frames", *words)
     assert told.returncode and "--send frames: give --sampled-as FOLDER" in told.stderr
@@ -161,7 +131,7 @@ def test_infer_sends_frames(home, server, tmp_path):
 # --- What is written beside a model -----------------------------------------------------------------------------------
 
 
-def test_export_writes_what_a_server_needs(home, server):
+def test_export_writes_what_a_server_needs(home, openai_server):
     folder = home / "qwen_finetune"
     for name in ("vllm", "sglang"):
         told = run("lmf-video", "export", "--for", name, str(folder))
@@ -176,9 +146,9 @@ def test_export_writes_what_a_server_needs(home, server):
     assert '{"video": {"fps": 4.0, "min_frames": 16, "max_frames": 32, "num_frames": -1}}' in told.stdout
     assert "variable frame rate" in told.stdout
     # The client, as it stands there, asks the server whose address it is given.
-    address, asked = server
+    address, asked = openai_server
     script = (folder / "vllm_client.py").read_text(encoding="utf-8")
-    words = ["-c", script, str(home / "a.mp4"), QUESTION, address]
+    words = ["-c", script, str(home / "a.mp4"), QUESTION, f"{address}/v1"]
     told = run(*words)
     assert told.stdout.strip().splitlines()[-1] == "好" and len(asked[0]["media_io_kwargs"]["video"]) == 6
 

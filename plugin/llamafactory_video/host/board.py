@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from ..evaluate.report import Example, make_report, table
-from .board_fields import FILLED, FREEZE_FIELDS, GROUP, IMAGE_FIELDS, STOCK_FIELDS, VIDEO_FIELDS, entered
+from .board_fields import FIELD_OF, FILLED, FREEZE_FIELDS, GROUP, IMAGE_FIELDS, STOCK_FIELDS, VIDEO_FIELDS, entered
 from .board_page import extend_eval_tab, extend_infer_tab, extend_train_tab, filled
 from .board_recipes import (
     CUSTOM,
@@ -42,9 +42,7 @@ def extend_board(interface: ModuleType) -> None:
     replace_everywhere(common, "gen_cmd", _show_recipe(common.gen_cmd))
     replace_everywhere(common, "get_template", _get_template(common))
     replace_everywhere(control, "list_config_paths", _list_config_paths(common.DEFAULT_CONFIG_DIR))
-    replace_everywhere(
-        control, "list_checkpoints", _list_checkpoints(common, lambda kind: kind in control.PEFT_METHODS)
-    )
+    replace_everywhere(control, "list_checkpoints", _list_checkpoints(control))
     replace_everywhere(control, "get_trainer_info", _telling_speed(control.get_trainer_info, control.TRAINER_LOG))
     replace_everywhere(common, "load_eval_results", _with_scores(common.load_eval_results))
     replace_everywhere(runner, "Runner", _runner(runner, common, SUPPORTED_MODELS))
@@ -104,14 +102,16 @@ def _list_config_paths(folder: str) -> Callable:
     return list_config_paths
 
 
-def _list_checkpoints(common: ModuleType, is_adapter: Callable[[str], bool]) -> Callable:
+def _list_checkpoints(control: ModuleType) -> Callable:
     import gradio as gr
 
     def list_checkpoints(model_name: str, finetuning_type: str) -> Any:
-        one = is_adapter(finetuning_type)
-        found = trained_folders(Path(common.get_save_dir(model_name, finetuning_type)), one) if model_name else []
-        choices = [*(path.name for path in found), *map(str, trained_folders(Path("output"), one))]
-        return gr.Dropdown(value=[] if one else None, choices=choices, multiselect=one)
+        """Those of runs from this page, by name, and what recipes have written, by path."""
+        several = finetuning_type in control.PEFT_METHODS
+        files = [name for name in control.CHECKPOINT_NAMES if name.startswith("adapter") == several]
+        saved = trained_folders(Path(control.get_save_dir(model_name, finetuning_type)), files) if model_name else []
+        choices = [*(path.name for path in saved), *map(str, trained_folders(Path("output"), files, depth=2))]
+        return gr.Dropdown(value=[] if several else None, choices=choices, multiselect=several)
 
     return list_checkpoints
 
@@ -154,7 +154,16 @@ def _runner(runner: ModuleType, common: ModuleType, models: dict[str, Any]) -> t
                 check_datasets(args["dataset_dir"], args.get("dataset"), args.get("eval_dataset"), must_be_there=True)
             except ValueError as wrong:
                 return str(wrong)
+            if do_train and (over := self._over_fields(data)):
+                runner.gr.Info(f"Extra arguments stand over fields: {', '.join(over)}")
             return ""
+
+        def _over_fields(self, data: dict) -> list[str]:
+            """Extra arguments that say something else than the field of the same key."""
+            extra = json.loads(self._get(data, "train.extra_args"))
+            given = {key: value for key, value in extra.items() if value is not None and key in FIELD_OF}
+            fields = {key: self._get(data, FIELD_OF[key]) for key in given}
+            return [f"{key} {value} (field: {fields[key]})" for key, value in given.items() if value != fields[key]]
 
         def _parse_train_args(self, data: dict) -> dict[str, Any]:
             if not is_ours(self._get(data, "top.template")):

@@ -101,8 +101,8 @@ def _listen(engine: Any, elements: dict[str, Any]) -> None:
     def by_template(chosen: str, kind: str, name: str) -> dict[Any, Any]:
         updates = filled(elements, FILLED, chosen, kind)
         if is_ours(chosen) and name != CUSTOM and common.get_template(name or "") != chosen:
-            models = (name for name in SUPPORTED_MODELS if common.get_template(name) == chosen)
-            updates[model] = next(name for name in models if "4B" in name)  # the recipes' size
+            models = (each for each in SUPPORTED_MODELS if common.get_template(each) == chosen)
+            updates[model] = next((each for each in models if "4B" in each), name)  # the recipes' size
         return updates
 
     def by_path(given: str, chosen: str, kind: str) -> dict[Any, Any]:

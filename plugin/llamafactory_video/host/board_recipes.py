@@ -1,7 +1,7 @@
 """Recipes in LLaMA-Board: a recipe -> the fields of the page, and the recipe that the fields make."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -49,11 +49,15 @@ def training_recipes() -> list[str]:
     ]
 
 
-def trained_folders(folder: Path, adapters: bool) -> list[Path]:
-    """The folders of adapters or of whole models below a folder, two deep at most, without their checkpoints."""
-    pattern = "adapter_model*" if adapters else "model*.safetensors*"
-    depths = ("*", "*/*")
-    found = {file.parent for depth in depths for file in folder.glob(f"{depth}/{pattern}")}
+def trained_folders(folder: Path, files: Sequence[str], depth: int = 1) -> list[Path]:
+    """The folders of models or adapters below a folder, without their checkpoints.
+
+    Args:
+        files: any of which such a folder has.
+        depth: how deep below it they may lie.
+    """
+    patterns = ("/".join(["*"] * levels) for levels in range(1, depth + 1))
+    found = {file.parent for pattern in patterns for name in files for file in folder.glob(f"{pattern}/{name}")}
     return sorted(path for path in found if not path.name.startswith("checkpoint-"))
 
 

@@ -149,7 +149,7 @@ TABLE: dict[str, tuple[dict[str, str], str | None]] = {
                 "load_config": "",
                 "get_model_path": "model_name",
             },
-            **{"TRAINING_ARGS": "", "DEFAULT_CONFIG_DIR": "", "get_save_dir": "", "load_eval_results": "path"},
+            **{"TRAINING_ARGS": "", "DEFAULT_CONFIG_DIR": "", "load_eval_results": "path"},
         },
         None,
     ),
