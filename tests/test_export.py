@@ -112,7 +112,7 @@ def test_an_exported_folder_is_whole(home, trained, tmp_path, kind):
     assert (out / "generation_config.json").is_file() and (out / "chat_template.jinja").is_file()
     record, run = read_run_record(out), read_run_record(folder)
     (export,) = record.pop("exports")
-    assert record == run and export["of"] == [folder.name]
+    assert record == run and export["of"] == [folder.name] and export["dtype"] in ("float32", "bfloat16")
     card = (out / "README.md").read_text(encoding="utf-8")
     about = yaml.safe_load(card.split("---")[1])
     assert about["pipeline_tag"] == "video-text-to-text" and "base_model" not in about  # a folder is no name on a hub
@@ -137,6 +137,7 @@ def test_a_trained_folder_says_how_it_is_asked(trained):
     adapter, whole = ((trained(kind) / "README.md").read_text(encoding="utf-8") for kind in ("lora", "full"))
     assert "lmf-video infer --model lora" in adapter and "`llamafactory-cli export` merges it" in adapter
     assert "vllm serve full" in whole and "### Recipe" in whole
+    assert yaml.safe_load(adapter.split("---")[1])["library_name"] == "peft"
     for card in (adapter, whole):
         assert "More information needed" not in card and "huggingface.co//" not in card
     assert {"llama-factory", "lora", "llamafactory-video"} <= set(yaml.safe_load(adapter.split("---")[1])["tags"])

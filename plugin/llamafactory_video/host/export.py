@@ -1,5 +1,6 @@
 """`llamafactory-cli export`: what it writes is whole: weights, processor, sampling, record of the run, and a card that says how to ask."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -10,7 +11,7 @@ from ..train.run_record import read_run_record, record_of_export, write_run_reco
 from .core import is_ours, replace_everywhere
 
 # What goes to a hub: what an export writes, and nothing else that lies in its folder.
-_PUSHED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "README.md", "vllm*", "sglang*")
+_PUSHED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "README.md")
 
 
 def extend_tuner(tuner: ModuleType) -> None:
@@ -33,7 +34,8 @@ def extend_tuner(tuner: ModuleType) -> None:
         sources = list(model_args.adapter_name_or_path or (model_args.model_name_or_path,))
         record = read_run_record(Path(sources[-1]))
         if record is not None:
-            record = record_of_export(record, sources, str(model_args.compute_dtype or model_args.infer_dtype))
+            dtype = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("dtype", "unknown")
+            record = record_of_export(record, sources, dtype)
             write_run_record(folder, record)
         write_export_card(folder, record, model_args.model_name_or_path, sources, hub)
         (folder / "Modelfile").unlink(missing_ok=True)  # Ollama's, which knows neither clips nor this model

@@ -123,10 +123,9 @@ def _head(name: str, record: dict[str, Any] | None, base: str, about: dict[str, 
     Args:
         about: what is known to the hub already.
     """
-    told = {
-        key: value for key, value in about.items() if key not in ("model-index", "base_model")
-    }  # empty, or a folder
-    told |= {"library_name": "transformers", "pipeline_tag": "video-text-to-text"}
+    left_out = ("model-index", "base_model")  # which is empty, and may be a folder
+    told = {"library_name": "transformers"} | {key: value for key, value in about.items() if key not in left_out}
+    told["pipeline_tag"] = "video-text-to-text"
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()
     if on_hub:
         told["base_model"] = base
