@@ -70,7 +70,8 @@ def _vllm(folder: str, contract: Contract) -> Serving:
     limits = [
         "Clips of a variable frame rate are told the times of an average rate. The way round: " + client + ".",
         "`start`, `end` and other settings of a clip are not known to it. The way round: the same.",
-        "Frames and their times can be sent of one clip in a question.",
+        "Frames and their times can be sent of one clip in a question. It takes them for --trust-request-mm-kwargs; leave that "
+        "out where strangers reach the server.",
     ]
     exact = "Frames that a client sends: ids, grid, times and pixels."
     if samples:
