@@ -2,9 +2,11 @@
 
 import json
 import shutil
+import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
+import processes
 import pytest
 import yaml
 from conftest import write_clip
@@ -229,3 +231,12 @@ def test_what_is_misspelt_is_told_beside_what_is_meant(home):
     told = run("lmf-video", "--version")
     assert told.returncode == 0
     assert all(f"{name} {version(name)}" in told.stdout for name in ("llamafactory-video", "llamafactory", "torch"))
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    """As `lmf-video map … | head -1`."""
+    command = [processes.BIN / "lmf-video", "map", "--", "--video_fps", "4"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141

@@ -234,7 +234,19 @@ class _Versions(argparse.Action):
         parser.exit()
 
 
-def main() -> None:
+def main() -> int | None:
+    """The command; what reads its output may have seen enough before its end, as `head` does."""
+    try:
+        try:
+            return _main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the very end
+        return 141  # as a shell tells of SIGPIPE
+
+
+def _main() -> int | None:
     parser = argparse.ArgumentParser(prog="lmf-video", description=__doc__)
     parser.add_argument("--version", action=_Versions, nargs=0, help="show versions, this program's first, and exit")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -286,6 +298,8 @@ def main() -> None:
     if options.command == "map":
         try:
             return map_settings(options.input, options.kind, options.clip, options.json)
+        except BrokenPipeError:
+            raise
         except (ValueError, OSError) as error:
             sys.exit(f"lmf-video: {error}")
     os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
@@ -303,6 +317,8 @@ def main() -> None:
                 raise ValueError("cache build needs a recipe, which says how its clips are sampled")
             sys.exit(1 if build_cache(options.recipe, options.overrides, options.jobs, options.write) else 0)
         show_cache(cache_folder(options.recipe, options.overrides), clear=options.action == "clear")
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError, yaml.YAMLError) as error:
         sys.exit(f"lmf-video: {error}")
     except KeyboardInterrupt:
