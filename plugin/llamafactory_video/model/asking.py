@@ -35,8 +35,7 @@ def how_to_ask(folder: Path, name: str) -> str:
     is_adapter = (folder / "adapter_config.json").is_file()
     parts = ["## How clips are sampled", _sampling(contract), "## How to ask it"]
     parts += [
-        "Ask with the prompt of its training data, PROMPT below. As training showed clips, with "
-        "[llamafactory-video](https://pypi.org/project/llamafactory-video/):",
+        "Ask with the prompt of its training data, PROMPT below. As training showed clips, with llamafactory-video:",
         _block("bash", f"lmf-video infer --model {name} --video clip.mp4 --prompt 'PROMPT'"),
     ]
     if is_adapter:
