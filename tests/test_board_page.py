@@ -119,7 +119,7 @@ def text_of(page) -> str:
     return page.inner_text("body")
 
 
-def test_the_demo_is_trained_from_its_recipe(page, home):
+def train(page, home):
     # A model and its template are chosen together, and fields are filled with a recipe's values.
     choose(page, "Model name", "Qwen3-VL-4B-Instruct")
     wait_for(page, lambda: value_of(page, "Chat template") == "qwen3_vl_video")
@@ -174,7 +174,7 @@ def open_tab(page, name: str) -> None:
     page.get_by_role("tab", name=name).click()
 
 
-def test_the_trained_model_is_evaluated(page, home):
+def evaluate(page, home):
     field(page, "Checkpoint path").click()
     page.get_by_role("option", name="output/demo/tuned", exact=True).click()
     open_tab(page, "Evaluate & Predict")
@@ -194,7 +194,7 @@ def test_the_trained_model_is_evaluated(page, home):
     assert len(lines) == 16 and sum(line["predict"] == line["label"] for line in lines) >= 14
 
 
-def test_it_is_asked_about_an_uploaded_clip(page, home):
+def chat(page, home):
     (record, *_) = json.loads((home / "output/demo/test.json").read_text(encoding="utf-8"))
     clip = home / "output" / "demo" / record["video"]
     open_tab(page, "Chat")
@@ -213,7 +213,7 @@ def test_it_is_asked_about_an_uploaded_clip(page, home):
     picture(page, "chat")
 
 
-def test_what_cannot_be_shown_is_said_in_the_chat(page, home):
+def chat_about_what_is_no_clip(page, home):
     (home / "no.mp4").write_text("this is no clip")
     page.get_by_role("button", name="Clear history").click()
     page.get_by_label("Clear", exact=True).locator("visible=true").last.click()
@@ -226,7 +226,7 @@ def test_what_cannot_be_shown_is_said_in_the_chat(page, home):
     assert "is not a video that can be read" in text_of(page)
 
 
-def test_it_is_exported(page, home):
+def export(page, home):
     open_tab(page, "Export")
     enter(page, "Export dir", "output/exported")
     page.get_by_role("button", name="Export", exact=True).click()
@@ -238,9 +238,15 @@ def test_it_is_exported(page, home):
     picture(page, "exported")
 
 
-def test_the_page_in_chinese(page):
+def turn_chinese(page, home):
     choose(page, "Language", "zh")
     open_tab(page, "Train")
     for word in ("视频", "采样方式", "最大像素", "视觉编码器学习率", "个视觉 token"):
         wait_for(page, lambda word=word: word in text_of(page))
     picture(page, "chinese")
+
+
+def test_the_demo_from_a_recipe_to_an_exported_model(page, home):
+    """One page, as a person goes through it."""
+    for step in (train, evaluate, chat, chat_about_what_is_no_clip, export, turn_chinese):
+        step(page, home)
