@@ -1,12 +1,10 @@
 """What all tests share: a small model's processor, clips written by the code, and ../shared where it is present."""
 
 import atexit
-import http.server
 import json
 import os
 import shutil
 import tempfile
-import threading
 from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same path on every machine
@@ -123,27 +121,17 @@ def keys(folder):
 @pytest.fixture
 def openai_server():
     """A server in OpenAI's form: its address, and the bodies that it is asked with."""
+    from processes import JsonHandler, served
+
     asked = []
 
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Handler(JsonHandler):
         def do_POST(self):
-            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self._send({"choices": [{"message": {"content": "好"}}]})
+            asked.append(json.loads(self.body()))
+            self.send({"choices": [{"message": {"content": "好"}}]})
 
         def do_GET(self):
-            self._send({"data": [{"id": "only"}]})
+            self.send({"data": [{"id": "only"}]})
 
-        def _send(self, value):
-            body = json.dumps(value).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", asked
-    server.shutdown()
+    with served(Handler) as address:
+        yield address, asked

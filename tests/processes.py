@@ -5,6 +5,8 @@ start from nothing too is tested once for each of them, in test_cli.py.
 """
 
 import contextlib
+import http.server
+import json
 import multiprocessing
 import os
 import resource
@@ -14,6 +16,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
@@ -103,6 +106,33 @@ def _train(keys: dict, env: dict[str, str], largest_file: int | None) -> None:
     from llamafactory.train.tuner import run_exp
 
     run_exp(keys)
+
+
+class JsonHandler(http.server.BaseHTTPRequestHandler):
+    """Of a server in a test, which answers with JSON."""
+
+    def body(self) -> bytes:
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+    def send(self, value: object, status: int = 200) -> None:
+        text = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def served(handler: type[JsonHandler]) -> Iterator[str]:
+    """The address of a server in a thread of this process."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
 
 
 class Run:

@@ -9,8 +9,9 @@ import yaml
 from llamafactory.hparams import get_train_args
 from llamafactory_video.demo.tiny_model import save_tiny_model
 from llamafactory_video.host.board_fields import FIELD_OF, VIDEO_FIELDS, entered, plan_of_example, told
-from llamafactory_video.host.board_recipes import cleaned, recipe_text, shipped, template_of
+from llamafactory_video.host.board_recipes import cleaned, recipe_text, template_of
 from llamafactory_video.host.keys import own_keys
+from llamafactory_video.host.known import shipped
 from transformers import Qwen3VLVideoProcessor
 
 REPOSITORY = Path(__file__).parents[1]

@@ -1,9 +1,7 @@
 """`llamafactory-cli export`: folders that plain transformers loads, that answer as before, and that say what they are."""
 
-import http.server
 import json
 import re
-import threading
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from llamafactory_video.model.asking import how_to_ask
 from llamafactory_video.model.loading import load_encoder
 from llamafactory_video.train.run_record import read_run_record
 from llamafactory_video.video.contract import FILE, read_contract
+from processes import JsonHandler, served
 from test_contract import DIALECTS, LORA, recipe
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.video_utils import load_video
@@ -179,52 +178,38 @@ def hub(monkeypatch):
     """A stand-in for the Hugging Face Hub: what is created, and the commits that are made."""
     seen = {"created": [], "commits": [], "tokens": set(), "refuses": False}
 
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Handler(JsonHandler):
         def do_POST(self):
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            body = self.body()
             if self.path.endswith("/validate-yaml"):
-                return self._send({"errors": [], "warnings": []})
+                return self.send({"errors": [], "warnings": []})
             seen["tokens"].add(self.headers.get("Authorization"))
             if self.path.endswith("/repos/create"):
                 seen["created"].append(json.loads(body)["name"])
-                return self._send({"url": f"{address}/me/wzry", "id": "me/wzry"})
+                return self.send({"url": f"{address}/me/wzry", "id": "me/wzry"})
             if "/preupload/" in self.path:
                 files = json.loads(body)["files"]
                 ways = [
                     {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None} for f in files
                 ]
-                return self._send({"files": ways})
+                return self.send({"files": ways})
             if "/commit/" in self.path:
                 if seen["refuses"]:
-                    return self._send({"error": "You don't have the rights to write to me/wzry"}, 403)
+                    return self.send({"error": "You don't have the rights to write to me/wzry"}, 403)
                 seen["commits"].append([json.loads(line) for line in body.decode().splitlines()])
-                return self._send({"commitOid": "0" * 40, "commitUrl": f"{address}/me/wzry/commit/0", "success": True})
-            return self._send({"error": self.path}, 404)
+                return self.send({"commitOid": "0" * 40, "commitUrl": f"{address}/me/wzry/commit/0", "success": True})
+            return self.send({"error": self.path}, 404)
 
         def do_GET(self):
-            self._send({"id": "me/wzry", "sha": "0" * 40, "siblings": []})
+            self.send({"id": "me/wzry", "sha": "0" * 40, "siblings": []})
 
-        def _send(self, value, status=200):
-            text = json.dumps(value).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(text)))
-            self.end_headers()
-            self.wfile.write(text)
-
-        def log_message(self, *_):
-            pass
-
-    served = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=served.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{served.server_port}"
     from huggingface_hub import constants, hf_api
 
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(hf_api, "ENDPOINT", address, raising=False)
-    yield seen
-    served.shutdown()
+    with served(Handler) as address:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setattr(hf_api, "ENDPOINT", address, raising=False)
+        yield seen
 
 
 def test_an_export_is_pushed_whole_in_one_commit(home, trained, tmp_path, hub):

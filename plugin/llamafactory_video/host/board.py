@@ -14,14 +14,13 @@ from .board_recipes import (
     CUSTOM,
     cleaned,
     fields_of,
-    read_recipe,
     recipe_text,
     template_of,
     trained_folders,
     training_recipes,
 )
 from .core import is_ours, replace_everywhere
-from .known import check_datasets, check_given
+from .known import check_datasets, check_given, read_recipe
 
 _LANGUAGES = ("en", "ru", "zh", "ko", "ja")
 _SPEEDS = {"clips_per_second": "{:.3g} clips/s", "mfu": "MFU {:.1%}"}  # of a run's log
@@ -38,7 +37,7 @@ def extend_board(interface: ModuleType) -> None:
             DEFAULT_TEMPLATE[name] = template
     _add_words(locales.LOCALES)
     replace_everywhere(common, "_clean_cmd", cleaned)
-    replace_everywhere(common, "save_cmd", _save_recipe(common))
+    replace_everywhere(common, "save_cmd", _save_recipe)
     replace_everywhere(common, "gen_cmd", _show_recipe(common.gen_cmd))
     replace_everywhere(common, "get_template", _get_template(common))
     replace_everywhere(control, "list_config_paths", _list_config_paths(common.DEFAULT_CONFIG_DIR))
@@ -72,22 +71,24 @@ def _add_words(locales: dict[str, Any]) -> None:
 # --- The recipe that runs ---
 
 
-def _save_recipe(common: ModuleType) -> Callable:
-    def save_cmd(args: dict[str, Any]) -> str:
-        file = Path(args["output_dir"], common.TRAINING_ARGS)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(recipe_text(args), encoding="utf-8")
-        return str(file)
+def _recipe_file(args: dict[str, Any]) -> Path:
+    from llamafactory.extras.constants import TRAINING_ARGS
 
-    return save_cmd
+    return Path(args["output_dir"], TRAINING_ARGS)
+
+
+def _save_recipe(args: dict[str, Any]) -> str:
+    file = _recipe_file(args)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(recipe_text(args), encoding="utf-8")
+    return str(file)
 
 
 def _show_recipe(stock: Callable) -> Callable:
     def gen_cmd(args: dict[str, Any]) -> str:
         if not is_ours(args.get("template")):
             return stock(args)
-        file = Path(args["output_dir"], "training_args.yaml")
-        return f"```bash\nllamafactory-cli train {file}\n```\n\n```yaml\n{recipe_text(args)}```"
+        return f"```bash\nllamafactory-cli train {_recipe_file(args)}\n```\n\n```yaml\n{recipe_text(args)}```"
 
     return gen_cmd
 
@@ -192,13 +193,15 @@ def _runner(runner: ModuleType, common: ModuleType, models: dict[str, Any]) -> t
                 return super().load_args(lang, config_path)
             element = self.manager.get_elem_by_id
             output_box = element("train.output_box")
+            where = f"{config_path}: "  # of an error in the file itself
             try:
                 recipe = read_recipe(Path(config_path))
+                where = ""
                 check_given(recipe)
                 found = fields_of(recipe, element, runner.TRAINING_STAGES)
-            except ValueError as wrong:
-                runner.gr.Warning(str(wrong))
-                return {output_box: str(wrong)}
+            except (ValueError, OSError) as wrong:
+                runner.gr.Warning(f"{where}{wrong}")
+                return {output_box: f"{where}{wrong}"}
             path = found["top.model_path"]
             found["top.model_name"] = name = next((n for n, paths in models.items() if path in paths.values()), CUSTOM)
             # The page asks for the path of a name whenever the name changes.
@@ -287,13 +290,13 @@ def _engine(engine: ModuleType, common: ModuleType) -> type:
     class Engine(stock):
         def resume(self) -> Iterator[dict[Any, Any]]:
             """A page that opens with the model of last time has its recipe's values too."""
-            first = True
-            for updates in super().resume():
-                name = common.load_config().get("last_model") if first and not self.pure_chat else None
-                first = False
-                if name and is_ours(template := common.get_template(name)):
-                    elements = {n: self.manager.get_elem_by_id(f"train.{n}") for n in FILLED}
-                    updates |= filled(elements, FILLED, template, "lora")
-                yield updates
+            updates = super().resume()
+            opening = next(updates)
+            name = None if self.pure_chat else common.load_config().get("last_model")
+            if name and is_ours(template := common.get_template(name)):
+                elements = {n: self.manager.get_elem_by_id(f"train.{n}") for n in FILLED}
+                opening |= filled(elements, FILLED, template, "lora")
+            yield opening
+            yield from updates
 
     return Engine

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..prompt.shown import FEW_TOKENS
-from ..video.contract import EXAMPLE_CLIP, Contract
+from ..video.contract import EXAMPLE_CLIP
 from ..video.dialects import resolve_sampling
 from ..video.plan import plan_frames
 from ..video.sampling import FramePlan
@@ -152,13 +152,12 @@ def entered(name: str, value: Any) -> Any:
         raise ValueError(f"{label} ({name}): a {kind} is needed; found {value}") from error
 
 
-def plan_of_example(given: Mapping[str, Any], video_processor: Any, trained: Contract | None = None) -> FramePlan:
+def plan_of_example(given: Mapping[str, Any], video_processor: Any) -> FramePlan:
     """What is shown of the example clip.
 
     Args:
         given: keys of a recipe.
         video_processor: transformers' Qwen3VLVideoProcessor.
-        trained: how the model was sampled, if its folder tells.
 
     Raises:
         SamplingError: if the keys contradict each other.
@@ -166,8 +165,7 @@ def plan_of_example(given: Mapping[str, Any], video_processor: Any, trained: Con
     keys = {name: value for name, value in given.items() if value is not None}
     if "video_max_frames" in keys:
         keys["video_maxlen"] = keys["video_max_frames"]
-    dialect = keys.get("video_sampling")
-    return plan_frames(EXAMPLE_CLIP, resolve_sampling(dialect, keys, video_processor, None, trained and trained.clips))
+    return plan_frames(EXAMPLE_CLIP, resolve_sampling(keys.get("video_sampling"), keys, video_processor))
 
 
 def told(plan: FramePlan, lang: str) -> str:

@@ -1,6 +1,6 @@
 """The tabs of LLaMA-Board with the group "Video", and what choices on the page bring about."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any
 
@@ -32,7 +32,6 @@ def extend_train_tab(stock: Callable) -> Callable:
     import gradio as gr
 
     def create_train_tab(engine: Any) -> dict[str, Any]:
-        manager = engine.manager
         own: dict[str, Any] = {}
         with gr.Accordion(open=True) as video_tab:
             names = iter(OWN_FIELDS)
@@ -40,10 +39,7 @@ def extend_train_tab(stock: Callable) -> Callable:
                 with gr.Row():
                     own |= {name: _component(name, VIDEO_FIELDS[name]) for name in islice(names, count)}
             shown = gr.Markdown()
-        base = manager.get_base_elems()
-        manager.get_base_elems = lambda: {*base, *own.values()}  # what the tab's buttons send
-        elements = stock(engine)
-        del manager.get_base_elems
+        elements = _tab(stock, engine, own.values())
         # In front of the other groups, with the two fields that the page has already.
         _move(video_tab, before=elements["extra_tab"])
         for name in STOCK_FIELDS:
@@ -53,6 +49,16 @@ def extend_train_tab(stock: Callable) -> Callable:
         return elements
 
     return create_train_tab
+
+
+def _tab(stock: Callable, engine: Any, own: Iterable[Any]) -> dict[str, Any]:
+    """LLaMA-Board's tab, whose buttons send components of ours too."""
+    manager = engine.manager
+    sent = {*manager.get_base_elems(), *own}
+    manager.get_base_elems = lambda: {*sent}  # which the tab begins its own set with
+    elements = stock(engine)
+    del manager.get_base_elems
+    return elements
 
 
 def _move(component: Any, before: Any) -> None:
@@ -93,6 +99,7 @@ def _listen(engine: Any, elements: dict[str, Any]) -> None:
 
     names = ("lang", "model_name", "model_path", "template", "finetuning_type")
     lang, model, path, template, finetuning = (engine.manager.get_elem_by_id(f"top.{name}") for name in names)
+    video_processor = Qwen3VLVideoProcessor()
     own, all_filled = [elements[name] for name in OWN_FIELDS], [elements[name] for name in FILLED]
 
     def by_model(name: str, kind: str) -> dict[Any, Any]:
@@ -117,7 +124,7 @@ def _listen(engine: Any, elements: dict[str, Any]) -> None:
             return ""
         try:
             given = {name: entered(name, value) for name, value in zip(VIDEO_FIELDS, values, strict=True)}
-            return told(plan_of_example(given, Qwen3VLVideoProcessor()), language)
+            return told(plan_of_example(given, video_processor), language)
         except ValueError as error:
             return f"⚠️ {error}"
 
@@ -134,13 +141,9 @@ def extend_eval_tab(stock: Callable) -> Callable:
     import gradio as gr
 
     def create_eval_tab(engine: Any) -> dict[str, Any]:
-        manager = engine.manager
         with gr.Row() as row:
             media_dir = gr.Textbox(scale=2)
-        base = manager.get_base_elems()
-        manager.get_base_elems = lambda: {*base, media_dir}
-        elements = stock(engine)
-        del manager.get_base_elems
+        elements = _tab(stock, engine, [media_dir])
         _move(media_dir, before=elements["dataset"])
         row.parent.children.remove(row)
         elements["media_dir"] = media_dir
@@ -151,7 +154,7 @@ def extend_eval_tab(stock: Callable) -> Callable:
             recipe = recipe_for(chosen, "full") if is_ours(chosen) else {}
             return [gr.update(value=recipe.get(name, elements[name].value)) for name in names]
 
-        template = manager.get_elem_by_id("top.template")
+        template = engine.manager.get_elem_by_id("top.template")
         template.change(by_template, [template], [elements[name] for name in names], queue=False)
         return elements
 

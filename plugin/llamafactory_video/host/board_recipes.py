@@ -12,34 +12,11 @@ from ..families import FAMILIES
 from ..train.run_record import read_run_record
 from .board_fields import FIELD_OF
 from .core import TEMPLATE, THINKING_TEMPLATE, is_ours
+from .known import read_recipe, shipped
 
 CUSTOM = "Custom"  # LLaMA-Board's name for a model that it does not list
 # Keys that LLaMA-Board sends with values of its own where a recipe does not give them.
 _SENT = ("max_samples", "plot_loss", "include_num_input_tokens_seen")
-
-
-def shipped(part: str) -> list[Path]:
-    """The files of a folder that goes with the package: inside it where it was installed, beside it in a clone."""
-    inside, beside = (Path(__file__).parents[depth] / part for depth in (1, 3))
-    folder = inside if inside.is_dir() else beside
-    return sorted(file for file in folder.iterdir() if file.suffix in (".yaml", ".json", ".md"))
-
-
-def read_recipe(file: Path) -> dict[str, Any]:
-    """The keys of a recipe, with numbers such as 1e-6 read as LLaMA-Factory reads them.
-
-    Raises:
-        ValueError: naming the file, if it is none.
-    """
-    from omegaconf import DictConfig, OmegaConf
-
-    try:
-        recipe = OmegaConf.load(file)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{file}: {' '.join(str(error).split())}") from error
-    if not isinstance(recipe, DictConfig):
-        raise ValueError(f"{file}: lines of `key: value` are needed")
-    return OmegaConf.to_container(recipe)
 
 
 def training_recipes() -> list[str]:

@@ -1,4 +1,4 @@
-"""What a recipe may name: keys, as the sources of LLaMA-Factory and transformers state them without being imported; data sets.
+"""A recipe as it stands in its file, and what it may name: keys, as the sources of LLaMA-Factory and transformers state them without being imported; data sets.
 
 So a wrong key or value is told in the first seconds, and once, not by each of eight processes.
 """
@@ -8,7 +8,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Optional, Union, get_type_hints
@@ -87,6 +87,36 @@ def known_keys() -> Mapping[str, Any]:
     for cls in KEYS:
         keys |= {name: hint for name, hint in get_type_hints(cls).items() if cls.__dataclass_fields__[name].init}
     return keys
+
+
+def shipped(part: str) -> list[Path]:
+    """The files of a folder that goes with the package: inside it where it was installed, beside it in a clone."""
+    inside, beside = (Path(__file__).parents[depth] / part for depth in (1, 3))
+    folder = inside if inside.is_dir() else beside
+    return sorted(file for file in folder.iterdir() if file.suffix in (".yaml", ".json", ".md"))
+
+
+def read_recipe(file: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The keys of a recipe, read as LLaMA-Factory reads them, by omegaconf.
+
+    Args:
+        overrides: `key=value`, which stand over the file.
+
+    Raises:
+        ValueError: saying why it cannot be read.
+    """
+    import yaml
+    from omegaconf import DictConfig, OmegaConf
+
+    try:
+        recipe = OmegaConf.load(file)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 ({error.reason}); save it as UTF-8") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(recipe, DictConfig):
+        raise ValueError("lines of `key: value` are needed")
+    return OmegaConf.to_container(OmegaConf.merge(recipe, OmegaConf.from_cli(list(overrides))))
 
 
 def check_given(given: Mapping[str, Any]) -> None:

@@ -7,11 +7,10 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from ..words import meant
 from .core import is_ours
-from .known import check_datasets, check_given, check_template
+from .known import check_datasets, check_given, check_template, read_recipe
 
 _COMMANDS = ("train", "chat", "webchat", "api", "export")
 _NAMES = ("llamafactory-cli", "lmf")
@@ -44,23 +43,12 @@ def check_recipe(file: Path, overrides: list[str]) -> None:
     Raises:
         ValueError: saying what is wrong.
     """
-    import yaml
-    from omegaconf import DictConfig, OmegaConf
-
     if not file.is_file():
         others = [each.name for each in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
         raise ValueError(f"there is no such file{meant(file.name, others)}")
     if wrong := [word for word in overrides if "=" not in word]:
         raise ValueError(f"{wrong[0]} is no override; write key=value, such as num_train_epochs=3")
-    try:
-        recipe = OmegaConf.load(file)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 ({error.reason}); save it as UTF-8") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(recipe, DictConfig):
-        raise ValueError("lines of `key: value` are needed")
-    keys: dict[str, Any] = OmegaConf.to_container(OmegaConf.merge(recipe, OmegaConf.from_cli(overrides)))
+    keys = read_recipe(file, overrides)
     check_template(keys.get("template"))
     if is_ours(keys.get("template")):
         check_given(keys)

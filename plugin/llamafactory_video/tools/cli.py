@@ -295,15 +295,10 @@ def _main() -> int | None:
         parser.error(f"unrecognized arguments: {' '.join(more)}")
     if more:  # argparse takes those alone that stand together
         options.overrides = [*options.overrides, *more]
-    if options.command == "map":
-        try:
-            return map_settings(options.input, options.kind, options.clip, options.json)
-        except BrokenPipeError:
-            raise
-        except (ValueError, OSError) as error:
-            sys.exit(f"lmf-video: {error}")
     os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
     try:
+        if options.command == "map":
+            return map_settings(options.input, options.kind, options.clip, options.json)
         if hasattr(options, "run"):
             sys.exit(1 if options.run(options) else 0)
         if wrong := [word for word in options.overrides if "=" not in word]:

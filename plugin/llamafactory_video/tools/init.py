@@ -16,7 +16,7 @@ def init(folder: Path) -> None:
     """
     from ..demo.game import all_scenes, record, write_clip
     from ..demo.tiny_model import save_tiny_model
-    from ..host.board_recipes import shipped
+    from ..host.known import shipped
 
     kept, written = [], []
 
