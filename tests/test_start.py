@@ -202,7 +202,7 @@ def test_what_a_person_can_mend_has_no_traceback(home, tmp_path):
     ):
         done = train(home, tmp_path, **keys)
         assert done.returncode == 1 and "Traceback" not in done.stderr + done.stdout, done.stderr[-3000:]
-        assert "\nllamafactory-cli: " in done.stderr and message in done.stderr
+        assert "\nllamafactory-cli: " in "\n" + done.stderr and message in done.stderr
     told = train(home, tmp_path, dataset="gone", env={"LLAMAFACTORY_VERBOSITY": "DEBUG"})
     assert "Traceback" in told.stderr
 
