@@ -138,24 +138,47 @@ def test_llamafactorys_own_loss_is_the_mean_of_means(keys, tmp_path):
     assert abs(cut[0]["loss"] - by_token[0]["loss"]) > 1e-3
 
 
-@pytest.mark.parametrize("size", [1, 3, 16])
-def test_evaluation_tells_the_mean_over_tokens_however_it_is_batched(keys, folder, tmp_path, size):
-    overrides = {"do_train": False, "do_eval": True, "eval_dataset": "clips", "per_device_eval_batch_size": size}
-    run_exp({**keys, "output_dir": str(tmp_path), **overrides})
-    found = json.loads((tmp_path / "eval_results.json").read_text())["eval_loss"]
+@pytest.fixture(scope="module")
+def evaluated(keys, folder):
+    """The plain loop's loss, a mean over tokens, and accuracy, a mean over records."""
     model = AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=torch.float32).eval()
-    data = recipe_data(write_recipe({**keys, "dataset": "clips"}, tmp_path), [])
+    data = recipe_data(write_recipe({**keys, "dataset": "clips"}, folder), [])
     parts, encoder = data.parts, data.encoder
-    total = tokens = 0
+    total, tokens, right = 0.0, 0, []
     for row in parts["clips"]:
         sample, clips = encoder.load(row)
-        ids = torch.tensor([sample.ids])
+        ids, labels = torch.tensor([sample.ids]), torch.tensor(sample.labels[1:])
         shown = vision_inputs(sample.images, clips, encoder.processor, encoder.reader.sampling)
         with torch.no_grad():
             logits = model(input_ids=ids, mm_token_type_ids=token_type_ids(ids, encoder.processor), **shown).logits[0]
-        total += F.cross_entropy(logits[:-1], torch.tensor(sample.labels[1:]), reduction="sum").item()
-        tokens += sum(label != -100 for label in sample.labels)
-    assert found == pytest.approx(total / tokens, rel=1e-5)
+        total += F.cross_entropy(logits[:-1], labels, reduction="sum").item()
+        learnt = labels != -100
+        tokens += learnt.sum().item()
+        right.append((logits[:-1].argmax(-1) == labels)[learnt].double().mean().item())
+    return {"eval_loss": total / tokens, "eval_accuracy": sum(right) / len(right)}
+
+
+EVALUATION = {"do_train": False, "do_eval": True, "eval_dataset": "clips"}
+
+
+@pytest.mark.parametrize("size", [1, 3, 16])
+@pytest.mark.parametrize("accuracy", [False, True], ids=["loss", "accuracy"])
+def test_evaluation_tells_the_mean_over_tokens_however_it_is_batched(keys, evaluated, tmp_path, size, accuracy):
+    overrides = {**EVALUATION, "per_device_eval_batch_size": size, "compute_accuracy": accuracy}
+    run_exp({**keys, "output_dir": str(tmp_path), **overrides})
+    found = json.loads((tmp_path / "eval_results.json").read_text())
+    assert found["eval_loss"] == pytest.approx(evaluated["eval_loss"], rel=1e-5)
+    assert found.get("eval_accuracy") == (pytest.approx(evaluated["eval_accuracy"]) if accuracy else None)
+
+
+@pytest.mark.parametrize("accuracy", [False, True], ids=["loss", "accuracy"])
+def test_two_processes_evaluate_as_one_does(keys, evaluated, tmp_path, accuracy):
+    """Whose batches are of different lengths: one record each."""
+    run = Run(keys, tmp_path, 2, **EVALUATION, per_device_eval_batch_size=1, compute_accuracy=accuracy)
+    assert run.end() == [0, 0], run.log()[-3000:]
+    found = json.loads((tmp_path / "eval_results.json").read_text())
+    assert found["eval_loss"] == pytest.approx(evaluated["eval_loss"], rel=1e-5)
+    assert found.get("eval_accuracy") == (pytest.approx(evaluated["eval_accuracy"]) if accuracy else None)
 
 
 # --- One call of the vision tower ------------------------------------------------------------------------------------

@@ -31,12 +31,16 @@ def extend_trainer(trainer: ModuleType) -> None:
     class CustomSeq2SeqTrainer(stock):
         hold: Any = None  # what holds the answers of a batch to a JSON Schema, made for each
 
-        def prediction_step(self, model: Any, inputs: Any, *args: Any, **given: Any) -> Any:
+        def prediction_step(
+            self, model: Any, inputs: Any, prediction_loss_only: bool, *args: Any, **given: Any
+        ) -> tuple[Any, Any, Any]:
             if is_ours(self.finetuning_args) and self._gen_kwargs.get("max_new_tokens"):
                 self._gen_kwargs.pop("max_length", None)  # which it stands over, and is warned of with each batch
             if self.hold is not None and self.args.predict_with_generate:
                 given = {**self._gen_kwargs, **given, "logits_processor": self.hold(inputs["input_ids"])}
-            return super().prediction_step(model, inputs, *args, **given)
+            loss, tokens, labels = super().prediction_step(model, inputs, prediction_loss_only, *args, **given)
+            # Stock gathers labels that nobody reads; those of flat batches are of other lengths on each process.
+            return loss, tokens, None if prediction_loss_only and is_ours(self.finetuning_args) else labels
 
         def save_predictions(self, dataset: Any, predict_results: Any, skip_special_tokens: bool = True) -> None:
             if not is_ours(self.finetuning_args) or not self.is_world_process_zero():

@@ -133,13 +133,17 @@ class VideoTrainer(WholeCheckpoints):
             return super().get_train_dataloader()
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        # Generation reads prompts that end together, padded on the left.
-        with self._collating(None if getattr(self.args, "predict_with_generate", False) else self._flat_collator):
+        with self._collating(self._eval_collator()):
             return super().get_eval_dataloader(*args, **kwargs)
 
     def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        with self._collating(None if getattr(self.args, "predict_with_generate", False) else self._flat_collator):
+        with self._collating(self._eval_collator()):
             return super().get_test_dataloader(*args, **kwargs)
+
+    def _eval_collator(self) -> Any:
+        """Generation reads prompts that end together, padded on the left; measures of tokens read a row for each record."""
+        padded = getattr(self.args, "predict_with_generate", False) or self.compute_metrics is not None
+        return None if padded else self._flat_collator
 
     @contextlib.contextmanager
     def _collating(self, collator: Any) -> Iterator[None]:
