@@ -255,19 +255,25 @@ class Rule:
             return smart_resize(even, *first_size(held.height, held.width, least, most), 2, 32, *self.processor_pixels)
         return utils_smart_resize(held.height, held.width, 32, least, most)
 
-    def wanted(self, held: Held, count: int) -> list[set[int]]:
-        """Which frames are right at each place: the nearest to where the dialect's numbers would lie if evenly spaced.
+    def wanted(self, held: Held, count: int) -> list[dict[int, float]]:
+        """Which frames are right at each place, and when: the nearest to where the dialect's numbers would lie if evenly spaced.
 
-        More than one where two are as near, or where a number lies halfway between two.
+        More than one where two are as near, or where a number lies halfway between two. Where frames are rare, the one on the
+        screen, at that place's time: a gap of more than two places and ten usual frames.
         """
-        times, n = np.array(held.times), len(held.seconds)
-        right = []
+        times, n, right = np.array(held.times), len(held.seconds), []
+        rare = times[-1] * max(2 / max(count - 1, 1), 10 / max(n - 1, 1))
         for number in np.linspace(0, n - 1, count) if count > 1 else [0.0]:
             shift, slack = (0, 1e-6) if self.dialect == "llamafactory" else (0.5, 1e-3)
-            found: set[int] = set()
+            found: dict[int, float] = {}
             for rounded in {math.floor(number + shift - slack), math.floor(number + shift + slack)}:
-                far = np.abs(times - times[-1] * max(rounded, 0) / max(n - 1, 1))
-                found |= set(np.flatnonzero(far <= far.min() + 1e-6).tolist())
+                place = times[-1] * max(rounded, 0) / max(n - 1, 1)
+                after = int(np.searchsorted(times, place))
+                if 0 < after < n and times[after] - times[after - 1] > rare:
+                    found[after - 1] = place
+                else:
+                    far = np.abs(times - place)
+                    found |= {int(near): times[near] for near in np.flatnonzero(far <= far.min() + 1e-6)}
             right.append(found)
         return right + right[-1:] * (count % 2)
 
@@ -312,14 +318,14 @@ def check_pixels(shown: Shown, held: Held, rule: Rule) -> None:
     assert far <= TOLERANCE, f"pixels: {far:.3f} levels off the nearest frame of the file"
 
 
-def chosen(shown: Shown, held: Held, rule: Rule) -> tuple[list[int], list[set[int]]]:
-    """The numbers of the frames shown, and those that are right; of frames that are alike, a right one is taken."""
+def chosen(shown: Shown, held: Held, rule: Rule) -> tuple[list[int], list[dict[int, float]]]:
+    """The numbers of the frames shown, and what is right there; of frames that are alike, a right one is taken."""
     alike = [same for same, _ in matches(shown, held, rule)]
     best = [], []
     for count in rule.counts(held):
         right = rule.wanted(held, count)
         if len(right) == len(alike):
-            numbers = [min(same & good or same) for same, good in zip(alike, right, strict=True)]
+            numbers = [min(same & good.keys() or same) for same, good in zip(alike, right, strict=True)]
             if not best[0] or all(number in good for number, good in zip(numbers, right, strict=True)):
                 best = numbers, right
     return best if best[0] else ([min(same) for same in alike], rule.wanted(held, len(alike)))
@@ -335,8 +341,8 @@ def check_spread(shown: Shown, held: Held, rule: Rule) -> None:
 
 def check_times(shown: Shown, held: Held, rule: Rule) -> None:
     """3: each time in the prompt is the mean of its two frames' real times, as far as it is printed."""
-    numbers, times = chosen(shown, held, rule)[0], held.times
-    real = [(times[a] + times[b]) / 2 for a, b in zip(numbers[::2], numbers[1::2], strict=True)]
+    times = [good.get(number, held.times[number]) for number, good in zip(*chosen(shown, held, rule), strict=True)]
+    real = [(a + b) / 2 for a, b in zip(times[::2], times[1::2], strict=True)]
     assert len(real) == len(shown.times), f"times: {len(shown.times)} for {len(real)} pairs of frames"
     off = max(abs(float(said) - time) for said, time in zip(shown.times, real, strict=True))
     assert off <= 0.05 + float(TICK), f"times: {off:.2f} s off"
