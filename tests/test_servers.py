@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from llamafactory_video import question
 from llamafactory_video.demo.tiny_model import save_tiny_model
+from llamafactory_video.model.decoding import Decoding
 from llamafactory_video.model.loading import contract_of, load_encoder
 from llamafactory_video.model.served import ServedModel, asked_of_server
 from llamafactory_video.model.servers import TICKS, bare_template, serving, ticks_of
@@ -125,7 +126,38 @@ def test_infer_sends_frames(home, openai_server, tmp_path):
     assert len(body["media_io_kwargs"]["video"]["frames_indices"]) == 32
     assert json.loads((tmp_path / "out.jsonl").read_text(encoding="utf-8"))["answer"] == "好"
     assert list(ServedModel(address).ask_many([question(QUESTION, str(home / "a.mp4"))])) == [(0, "好")]
-    assert "media_io_kwargs" not in asked[-1]
+    assert "media_io_kwargs" not in asked[-1] and "top_k" not in asked[-1] and "repetition_penalty" not in asked[-1]
+    drawn = Decoding(temperature=0.5, top_p=0.9, top_k=7, repetition_penalty=1.2, seed=3, max_new_tokens=5)
+    assert list(ServedModel(address).ask_many([question(QUESTION)], drawn)) == [(0, "好")]
+    wanted = {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "repetition_penalty": 1.2, "seed": 3, "max_tokens": 5}
+    assert wanted.items() <= asked[-1].items()
+
+
+def test_options_that_no_model_follows_are_refused(home, openai_server):
+    address, folder = f"{openai_server[0]}/v1", str(home / "qwen_finetune")
+    words = ["infer", "--video", str(home / "a.mp4"), "--prompt", QUESTION, "--out", str(home / "none.jsonl")]
+    here, whole = " is for models that are loaded here", ": a server samples whole clips as it was told to"
+    for model, extra, message in (
+        (folder, ["--send", "frames"], "--send frames is for models behind an address"),
+        (address, ["--dtype", "float32"], "--dtype" + here),
+        (address, ["--adapter", "x"], "--adapter" + here),
+        (address, ["--device", "cpu"], "--device" + here),
+        (address, ["--load-in-4bit"], "--load-in-4bit" + here),
+        (address, ["--video-min-frames", "4"], "--video-min-frames" + whole),
+        (address, ["--sampled-as", folder], "--sampled-as" + whole),
+        (address, ["--send", "frames", "--sampled-as", folder, "--dtype", "float32"], "--dtype" + here),
+    ):
+        told = run("lmf-video", *words, "--model", model, *extra)
+        assert told.returncode == 1 and f"lmf-video: {message}" in told.stderr, told.stderr
+    record = {
+        "video": "a.mp4",
+        "conversations": [{"from": "human", "value": "<video>看"}, {"from": "gpt", "value": "好"}],
+    }
+    (home / "records.json").write_text(json.dumps([record]), encoding="utf-8")
+    words = ["lmf-video", "eval", str(home / "records.json"), "--out", str(home / "eval"), "--model", address]
+    assert "--video-fps" + whole in run(*words, "--video-fps", "2").stderr
+    told = run(*words, "--model", folder, "--video-max-frames", "4", "--max-new-tokens", "4")  # the folder follows it
+    assert told.returncode == 0, told.stderr
 
 
 # --- What is written beside a model -----------------------------------------------------------------------------------

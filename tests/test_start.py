@@ -243,6 +243,11 @@ def test_what_is_a_fault_of_the_program_keeps_its_traceback():
             f"Caught DatasetError in worker.\nOriginal Traceback (most recent call last):\n x\n{name}: no\n"
         )
 
+    def of_a_package():
+        raise ImportError("This needs `awq`. Please install it: `pip install awq`\n")
+
+    assert caught(of_a_package) == "This needs `awq`. Please install it: `pip install awq`"
+    assert caught(lambda: __import__("no_such_package")) is None
     assert caught(own) == "records are wrong" and caught(of_a_worker) == "no"
 
 

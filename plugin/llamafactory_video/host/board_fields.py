@@ -1,5 +1,6 @@
 """LLaMA-Board's fields for video: what they are called in English and Chinese, and the key of a recipe that each stands for."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -145,8 +146,7 @@ def entered(name: str, value: Any) -> Any:
     try:
         if kind == "number":
             return float(value)
-        parts = [int(part) for part in str(value).split("*")]  # 256*256, as LLaMA-Board writes pixels
-        return parts[0] if len(parts) == 1 else parts[0] * parts[1]
+        return math.prod(int(part) for part in str(value).split("*"))  # 256*256, as LLaMA-Board writes pixels
     except ValueError as error:
         label = VIDEO_FIELDS[name].en[0] if name in VIDEO_FIELDS else name
         raise ValueError(f"{label} ({name}): a {kind} is needed; found {value}") from error

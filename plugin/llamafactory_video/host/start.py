@@ -69,7 +69,12 @@ def _told(stock: Callable) -> Callable:
 
 
 def for_a_person(error: BaseException, trace: TracebackType | None) -> str | None:
-    """What to say of an error that a person can mend: one that our own code has raised. None for others."""
+    """What to say of an error that a person can mend: one that our own code has raised, or a package that is missing.
+
+    None for others.
+    """
+    if isinstance(error, ImportError) and "pip install" in str(error):
+        return str(error).strip()
     if isinstance(error, subprocess.CalledProcessError):
         return f"a process of the run ended with status {error.returncode}; its error stands above"
     if not isinstance(error, ValueError | OSError):

@@ -105,7 +105,10 @@ def load_model(
     grown = add_trained_tokens(tokenizer, adapters, log)
     # None, given, would take the place of how a model was quantized that is stored so (AWQ, FP8).
     quantized = {"quantization_config": _four_bits(kind)} if load_in_4bit else {}
-    loaded = AutoModelForImageTextToText.from_pretrained(model, dtype=kind, device_map={"": device}, **quantized)
+    try:
+        loaded = AutoModelForImageTextToText.from_pretrained(model, dtype=kind, device_map={"": device}, **quantized)
+    except ImportError as error:  # what a model that is stored quantized needs; the text says which package
+        raise ValueError(f"{model}: {error}") from error
     rows = loaded.get_input_embeddings().weight.shape[0]
     if grown and len(tokenizer) > rows:
         loaded.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)

@@ -20,7 +20,8 @@ from ..media import USER, Conversation, is_address
 from ..records.files import registered_file
 from ..records.question import Asked, read_questions
 from ..video.threads import usable_cores
-from .infer import add_answering, answer_into, decoding_of, digest_of, sampling_of, settings_of
+from .answering import add_answering, decoding_of, sampling_of, see_followed
+from .infer import answer_into, digest_of, settings_of
 from .lmms_task import export_task
 from .overlap import check_overlap
 from .score import add_judging, answer_lines, answers_of, conclude, named, new_name
@@ -107,6 +108,7 @@ def evaluate(options: argparse.Namespace) -> int:
     if options.export_lmms is not None:
         export_task(asked, options.export_lmms, options.max_new_tokens)
         return 0
+    see_followed([model for _, model in map(named, options.model)], options)
     check_overlap(asked, [model for _, model in map(named, options.model) if not is_address(model)], options)
     out = options.out or Path("output/eval")
     answers: dict[str, list[str | None]] = {}

@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,10 +14,7 @@ from tqdm import tqdm
 from ..media import is_address
 from ..records.json_text import json_text, read_json
 from ..records.question import Asked, clip_argument, clip_files, clip_name, question, read_questions
-from ..records.schema import given_schema
-from ..video.contract import SAMPLING_KEYS
-
-_TEXTS = ("video_sampling", "video_timestamps")
+from .answering import add_answering, decoding_of, load, sampling_of, say, see_followed
 
 
 def add_infer(commands: Any) -> None:
@@ -52,56 +48,6 @@ def add_infer(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def add_answering(parser: argparse.ArgumentParser) -> None:
-    """Add the options on how a model is loaded, shown clips, and answers."""
-    written = parser.add_argument_group("how answers are written")
-    written.add_argument("--max-new-tokens", type=int, default=1024)
-    written.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token each time (default)")
-    written.add_argument("--top-p", type=float, default=1.0)
-    written.add_argument("--top-k", type=int, default=0)
-    written.add_argument("--repetition-penalty", type=float, default=1.0)
-    written.add_argument("--seed", type=int, help="of what is drawn, with a temperature")
-    written.add_argument("--schema", type=Path, help="a JSON Schema (a file) that every answer is held to")
-    written.add_argument(
-        "--schema-from", type=Path, metavar="DATA", help="the same, as the answers of these records tell it"
-    )
-    written.add_argument(
-        "--schema-vocabulary",
-        nargs="+",
-        default=[],
-        metavar="FIELD",
-        help="with --schema-from: fields that hold only texts which were seen there, such as tags",
-    )
-    loaded = parser.add_argument_group("how the model is loaded")
-    loaded.add_argument(
-        "--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16, float32 on a CPU"
-    )
-    loaded.add_argument("--remote-media", action="store_true", help="fetch clips that are given by address, once")
-    loaded.add_argument("--load-in-4bit", action="store_true", help="needs bitsandbytes")
-    loaded.add_argument("--device", help="such as cuda:1 or cpu (default: a GPU if there is one)")
-    loaded.add_argument(
-        "--batch-size",
-        type=int,
-        help="questions answered at once (default: as many as memory has room for; 8 on a CPU)",
-    )
-    sampling = parser.add_argument_group("sampling, where it is to differ from how the model was trained")
-    sampling.add_argument(
-        "--sampled-as",
-        metavar="MODEL",
-        help="as this model, where the folder of the one that is asked does not tell how",
-    )
-    sampling.add_argument(
-        "--send",
-        choices=("clips", "frames"),
-        default="clips",
-        help="to an address: clips whole (default), or frames that are sampled here, as --sampled-as says, with their times; "
-        "vLLM takes them (lmf-video export --for vllm)",
-    )
-    for key in SAMPLING_KEYS:
-        kind = str if key in _TEXTS else float if key == "video_fps" else int
-        sampling.add_argument(f"--{key.replace('_', '-')}", type=kind)
-
-
 def run(options: argparse.Namespace) -> int:
     """Ask, and print or write the answers.
 
@@ -110,13 +56,14 @@ def run(options: argparse.Namespace) -> int:
     """
     if options.batch_size is not None and options.batch_size < 1:
         raise ValueError(f"--batch-size is {options.batch_size}; it must be at least 1")
+    see_followed([options.model], options)
     asked = _questions(options)
     decoding = decoding_of(options)
     if is_address(options.model) and (options.out is None or options.explain):
         raise ValueError("a model behind an address answers with --out, and without --explain")
     if options.out is not None:
         return answer_into(options.out, asked, decoding, options)
-    model = _load(options)
+    model = load(options)
     if len(asked) == 1:
         return _print_one(model, asked[0], decoding, options)
     failed = 0
@@ -124,56 +71,8 @@ def run(options: argparse.Namespace) -> int:
         print(f"\n{each.source}")
         failed += _print(model, each, answer, options)
     if failed:
-        _say(f"{failed} of {len(asked)} have no answer" + (", or one that is not JSON" if options.json else ""))
+        say(f"{failed} of {len(asked)} have no answer" + (", or one that is not JSON" if options.json else ""))
     return failed
-
-
-def decoding_of(options: argparse.Namespace) -> Any:
-    """How answers are written, as a command's options say."""
-    from ..model.decoding import Decoding
-
-    schema = given_schema(
-        options.schema,
-        options.schema_from,
-        options.schema_vocabulary,
-        ("--schema", "--schema-from", "--schema-vocabulary"),
-    )
-    names = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
-    return Decoding(**{name: getattr(options, name) for name in names}, schema=schema)
-
-
-def sampling_of(options: argparse.Namespace) -> dict[str, Any]:
-    """How clips are sampled, where a command's options say so."""
-    return {key: getattr(options, key) for key in SAMPLING_KEYS if getattr(options, key) is not None}
-
-
-def _load(options: argparse.Namespace) -> Any:
-    """The model that is asked; one behind an address knows `ask_many` alone."""
-    if is_address(options.model):
-        from ..model.loading import load_encoder
-        from ..model.served import ServedModel
-
-        if options.send == "clips":
-            return ServedModel(options.model)
-        if options.sampled_as is None:
-            raise ValueError(
-                "--send frames: give --sampled-as FOLDER, of the model, which tells how its clips are sampled"
-            )
-        shared = {"remote_media": options.remote_media, "log": _say, **sampling_of(options)}
-        return ServedModel(options.model, encoder=load_encoder(options.sampled_as, **shared))
-    from ..model.video_model import VideoModel
-
-    return VideoModel.load(
-        options.model,
-        options.adapter,
-        dtype=options.dtype,
-        load_in_4bit=options.load_in_4bit,
-        device=options.device,
-        remote_media=options.remote_media,
-        sampled_as=options.sampled_as,
-        log=_say,
-        **sampling_of(options),
-    )
 
 
 def answer_into(out: Path, asked: Sequence[Asked], decoding: Any, options: argparse.Namespace) -> int:
@@ -185,10 +84,6 @@ def answer_into(out: Path, asked: Sequence[Asked], decoding: Any, options: argpa
     settings = settings_of(decoding, options)
     digests = [digest_of([*settings, each.conversation]) for each in asked]
     return _write(out, asked, decoding, options, _written(out, asked, digests), digests)
-
-
-def _say(text: str) -> None:
-    print(f"lmf-video: {text}", file=sys.stderr)
 
 
 def _questions(options: argparse.Namespace) -> list[Asked]:
@@ -231,7 +126,7 @@ def _answers(
     """Answers with the numbers of their questions, as they are done."""
     right = [i for i, each in enumerate(asked) if not isinstance(each.conversation, ValueError)]
     yield from ((i, each.conversation) for i, each in enumerate(asked) if isinstance(each.conversation, ValueError))
-    for number, answer in model.ask_many([asked[i].conversation for i in right], decoding, batch_size, _say):
+    for number, answer in model.ask_many([asked[i].conversation for i in right], decoding, batch_size, say):
         yield right[number], answer
 
 
@@ -283,7 +178,7 @@ def _print_json(answer: str) -> int:
     value, problems = read_json(answer)
     print(answer if problems else json_text(value, 2))
     if problems:
-        _say(f"this answer is not JSON: {problems[0]}")
+        say(f"this answer is not JSON: {problems[0]}")
     return 1 if problems else 0
 
 
@@ -354,9 +249,9 @@ def _write(
     lines = {line["source"]: line for line in written}
     left = [(each, digest) for each, digest in zip(asked, digests, strict=True) if each.source not in lines]
     if len(left) < len(asked):
-        _say(f"{len(asked) - len(left)} of {len(asked)} are answered in {out} already.")
+        say(f"{len(asked) - len(left)} of {len(asked)} are answered in {out} already.")
     if left:
-        model = _load(options)
+        model = load(options)
         out.parent.mkdir(parents=True, exist_ok=True)
         _replace(out, lines.values())
         began = time.monotonic()
@@ -368,13 +263,13 @@ def _write(
                 file.flush()
                 bar.update()
         seconds = time.monotonic() - began
-        _say(f"{len(left)} questions in {seconds:.1f} s, {len(left) / seconds:.2f} a second")
+        say(f"{len(left)} questions in {seconds:.1f} s, {len(left) / seconds:.2f} a second")
     here = {each.source: lines[each.source] for each in asked}
     _replace(out, [*(line for source, line in lines.items() if source not in here), *here.values()])
     wrong = [line for line in here.values() if "error" in line]
     unread = [line for line in here.values() if options.json and "answer" in line and read_json(line["answer"])[1]]
     for line in wrong:
-        _say(f"{line['source']}: {line['error']}")
+        say(f"{line['source']}: {line['error']}")
     print(f"{len(here) - len(wrong)} answers in {out}; {len(wrong)} questions have none.")
     if options.json:
         print(f"{len(unread)} answers are not JSON.")

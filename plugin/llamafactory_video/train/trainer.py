@@ -3,11 +3,10 @@
 What LLaMA-Factory's trainer adds comes between this class and transformers' own (host/train.py).
 """
 
-import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,8 +88,9 @@ class VideoTrainer(WholeCheckpoints):
         self._resumed_at = 0
         self._rows: list[GroupRow] = []
         spreads = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
-        is_flat = flat_collator is not None
-        self._recomputation = set_up_layers(self, is_flat, spreads, compiled, checkpointing_policy, log)
+        self._recomputation = set_up_layers(
+            self, flat_collator is not None, spreads, compiled, checkpointing_policy, log
+        )
         self.add_callback(StepWatch(self))
 
     # --- Loss ---
@@ -128,30 +128,14 @@ class VideoTrainer(WholeCheckpoints):
             self._evaluated.append(self.accelerator.gather_for_metrics(torch.stack([sums, counts], dim=1).detach()))
         return sums.sum() / counts.sum().clamp(min=1)
 
-    def get_train_dataloader(self) -> Any:
-        with self._collating(self._flat_collator):
-            return super().get_train_dataloader()
-
-    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        with self._collating(self._eval_collator()):
-            return super().get_eval_dataloader(*args, **kwargs)
-
-    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        with self._collating(self._eval_collator()):
-            return super().get_test_dataloader(*args, **kwargs)
-
-    def _eval_collator(self) -> Any:
-        """Generation reads prompts that end together, padded on the left; measures of tokens read a row for each record."""
+    def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
+        """Batches are flat, but for generation, which reads prompts that end together, and for measures of tokens."""
         padded = getattr(self.args, "predict_with_generate", False) or self.compute_metrics is not None
-        return None if padded else self._flat_collator
-
-    @contextlib.contextmanager
-    def _collating(self, collator: Any) -> Iterator[None]:
-        """Loaders that are made meanwhile take this collator, if it is one."""
         padding = self.data_collator
-        self.data_collator = collator or padding
+        if self._flat_collator is not None and (is_training or not padded):
+            self.data_collator = self._flat_collator
         try:
-            yield
+            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
         finally:
             self.data_collator = padding
 
@@ -162,9 +146,7 @@ class VideoTrainer(WholeCheckpoints):
         if self._evaluated:
             loss, tokens = torch.cat(self._evaluated).double().sum(0).tolist()
             if not tokens:
-                raise ValueError(
-                    "the evaluation set holds no supervised token, so it has no loss; look at its answers"
-                )
+                raise ValueError("the evaluation set holds no supervised token, so no loss; look at its answers")
             output.metrics[f"{metric_key_prefix}_loss"] = loss / tokens
         if self._answers is not None and metric_key_prefix.startswith("eval"):
             output.metrics.update(self._answers.measure(self, args[0].dataset, metric_key_prefix))
