@@ -181,6 +181,24 @@ def test_two_processes_evaluate_as_one_does(keys, evaluated, tmp_path, accuracy)
     assert found.get("eval_accuracy") == (pytest.approx(evaluated["eval_accuracy"]) if accuracy else None)
 
 
+def test_two_processes_predict_as_one_does(keys, tmp_path):
+    own = {
+        "dataset": None,
+        "eval_dataset": "clips",
+        "do_train": False,
+        "do_predict": True,
+        "predict_with_generate": True,
+    }
+    own |= {"max_new_tokens": 8, "do_sample": False, "per_device_eval_batch_size": 3}
+    found = []
+    for count in (1, 2):
+        run = Run(keys, tmp_path / str(count), count, **own)
+        assert run.end() == [0] * count, run.log()[-3000:]
+        lines = (tmp_path / str(count) / "generated_predictions.jsonl").read_text(encoding="utf-8").splitlines()
+        found.append([json.loads(line) for line in lines])
+    assert found[0] == found[1] and len({line["source"] for line in found[0]}) == STEPS * BATCH // 2
+
+
 # --- One call of the vision tower ------------------------------------------------------------------------------------
 
 
