@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def ask(name: str, model: str, data: Path, options: argparse.Namespace, *words: 
 
 
 @contextmanager
-def server(model: Path, options: argparse.Namespace) -> Any:
+def server(model: Path, options: argparse.Namespace) -> Iterator[str]:
     """vLLM at an address, as its command is written beside a model."""
     run([sys.executable, "-c", COMMAND, "export", "--for", "vllm", str(model)])
     words = serving("vllm", model, contract_of(str(model))[1]).command[1:]

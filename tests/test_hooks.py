@@ -357,6 +357,7 @@ def test_supervision_switches(home, tmp_path):
     ("keys", "message"),
     [
         ({"packing": True}, "neat_packing: true"),
+        ({"use_asft_loss": True}, "LLaMA-Factory shows no clips; use_dft_loss needs none"),
         ({"max_samples": 0}, "the data set is empty"),
         ({"tokenized_path": "x"}, "tokenized_path is not supported"),
         ({"template": "qwen3_vl"}, "video_sampling works with `template: qwen3_vl_video`"),

@@ -138,6 +138,17 @@ def test_llamafactorys_own_loss_is_the_mean_of_means(keys, tmp_path):
     assert abs(cut[0]["loss"] - by_token[0]["loss"]) > 1e-3
 
 
+@pytest.mark.parametrize("loss", ["use_dft_loss", "use_eaft_loss"])
+def test_llamafactorys_own_losses_are_those_of_padded_batches(keys, tmp_path, loss):
+    own = {loss: True, "max_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    flat, padded = (train(keys, tmp_path / str(is_flat), data_flatten=is_flat, **own) for is_flat in (True, False))
+    for one, other in zip(flat, padded, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+    usual = train(keys, tmp_path / "usual", **{**own, loss: False})
+    assert abs(usual[0]["loss"] - flat[0]["loss"]) > 1e-3
+
+
 @pytest.fixture(scope="module")
 def evaluated(keys, folder):
     """The plain loop's loss, a mean over tokens, and accuracy, a mean over records."""

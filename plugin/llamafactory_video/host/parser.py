@@ -266,6 +266,10 @@ def _check_keys_fit_template(model_args: Any, data_args: Any, finetuning_args: A
     if is_ours(data_args.template):
         if data_args.packing and not data_args.neat_packing:
             raise ValueError("packing lets samples attend to each other; use `neat_packing: true` instead")
+        if finetuning_args.use_asft_loss:
+            raise ValueError(
+                "use_asft_loss compares with a model that LLaMA-Factory shows no clips; use_dft_loss needs none"
+            )
         if data_args.tokenized_path is not None:
             raise ValueError("tokenized_path is not supported: video templates tokenize a record when it is needed")
         if model_args.infer_backend != "huggingface":

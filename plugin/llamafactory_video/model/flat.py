@@ -7,6 +7,7 @@ comes from `prompt.flat`.
 
 import itertools
 import sys
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers.modeling_utils import AttentionInterface
 from transformers.utils.generic import is_flash_attention_requested
 
 from ..prompt.pixels import normalise
+from ..prompt.tokens import IGNORE_INDEX
 
 ATTENTION = "segments"  # the name of our attention in transformers' register
 
@@ -212,6 +214,21 @@ def _tower(visual: torch.nn.Module, flat: dict[str, Any]) -> tuple[torch.Tensor,
         if number in visual.deepstack_visual_indexes:
             tapped[number] = hidden
     return hidden, tapped
+
+
+def loss_of_flat(loss: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A loss that shifts labels itself, as LLaMA-Factory's for `use_dft_loss` does, for flat micro-batches too.
+
+    Those have logits of their labels alone: they are laid out as a row in which each label stands one place behind its logits.
+    """
+
+    def of_row(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        if labels.dim() == 1:
+            outputs = {"logits": F.pad(outputs["logits"], (0, 0, 0, 1))}
+            labels = F.pad(labels, (1, 0), value=IGNORE_INDEX)[None]
+        return loss(outputs, labels, num_items_in_batch)
+
+    return of_row
 
 
 def _padded(model: torch.nn.Module, *args: Any, pixel_values=None, pixel_values_videos=None, **kwargs: Any) -> Any:

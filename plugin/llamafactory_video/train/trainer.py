@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from ..model.flat import loss_of_flat
+from ..prompt.tokens import IGNORE_INDEX
 from .answers import AnswersWhileTraining
 from .audit import GradientAudit, GradientError, describe_faults
 from .checkpoint import CheckpointError, WholeCheckpoints, last_whole_checkpoint
@@ -24,7 +26,6 @@ from .set_up import set_up_layers
 from .step_watch import StepWatch
 from .throughput import Throughput
 
-IGNORE_INDEX = -100
 # The optimizer's state brings them along, so a recipe's values are not used when a run resumes.
 _IN_CHECKPOINT = (
     *("learning_rate", "vision_tower_lr", "mm_projector_lr", "weight_decay"),
@@ -77,6 +78,8 @@ class VideoTrainer(WholeCheckpoints):
         self._flat_collator, self._by_tokens = flat_collator, loss_normalization == "tokens"
         if (self._by_tokens or flat_collator is not None) and self.compute_loss_func is None:
             self.compute_loss_func = self.token_loss
+        elif flat_collator is not None:
+            self.compute_loss_func = loss_of_flat(self.compute_loss_func)
         self._supervised: list[int] = []  # labels of each sample of the flat micro-batch at hand
         self._gradient_check, self._describe, self._answers = gradient_check, describe, answers
         self._audit: GradientAudit | None = None
