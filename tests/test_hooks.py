@@ -357,6 +357,7 @@ def test_supervision_switches(home, tmp_path):
     ("keys", "message"),
     [
         ({"packing": True}, "neat_packing: true"),
+        ({"split_special_tokens": True}, "split_special_tokens takes the marks of clips"),
         ({"use_asft_loss": True}, "LLaMA-Factory shows no clips; use_dft_loss needs none"),
         ({"max_samples": 0}, "the data set is empty"),
         ({"tokenized_path": "x"}, "tokenized_path is not supported"),

@@ -270,6 +270,10 @@ def _check_keys_fit_template(model_args: Any, data_args: Any, finetuning_args: A
             raise ValueError(
                 "use_asft_loss compares with a model that LLaMA-Factory shows no clips; use_dft_loss needs none"
             )
+        if model_args.split_special_tokens:
+            raise ValueError(
+                "split_special_tokens takes the marks of clips and turns apart, so nothing would be shown"
+            )
         if data_args.tokenized_path is not None:
             raise ValueError("tokenized_path is not supported: video templates tokenize a record when it is needed")
         if model_args.infer_backend != "huggingface":
