@@ -309,6 +309,9 @@ def test_packets_left_out_key_frames_jumped_to_and_parallel_runs_change_nothing(
     path = write(tmp_path / f"{codec}.{suffix}", codec, options=options, frames=frames, rate=25)
     loop = plain(path)
     assert len(loop[0]) == frames
+    # With an open GOP, x264 has pictures from before a key frame forgotten after it. Where a jump has passed these over, FFmpeg
+    # takes that for damage, and the file is decoded as a whole.
+    counted = None if codec == "libx264" and extra == "open-gop=1" else False
     for _ in range(3):
         own = {"fps": draw(st.floats(0.3, 30))}
         if frames > 1 and draw(st.booleans()):
@@ -316,7 +319,7 @@ def test_packets_left_out_key_frames_jumped_to_and_parallel_runs_change_nothing(
             own |= {"start": begin / 25 - 0.01, "end": draw(st.integers(begin + 1, frames)) / 25 - 0.01}
         own["max_frames"] = draw(st.integers(1, 40))
         own["min_frames"] = draw(st.integers(1, own["max_frames"]))
-        check(path, threads=(1, 2, 3), clips=[own], loop=loop)
+        check(path, counted=counted, threads=(1, 2, 3), clips=[own], loop=loop)
 
 
 class Spy:
