@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from llamafactory_video import question
 from llamafactory_video.demo.tiny_model import save_tiny_model
+from llamafactory_video.model import loading
 from llamafactory_video.model.decoding import Decoding
 from llamafactory_video.model.loading import contract_of, load_encoder
 from llamafactory_video.model.served import ServedModel, asked_of_server
@@ -158,6 +159,15 @@ def test_options_that_no_model_follows_are_refused(home, openai_server):
     assert "--video-fps" + whole in run(*words, "--video-fps", "2").stderr
     told = run(*words, "--model", folder, "--video-max-frames", "4", "--max-new-tokens", "4")  # the folder follows it
     assert told.returncode == 0, told.stderr
+
+
+def test_a_package_that_a_quantized_model_needs_is_named(home, monkeypatch):
+    def lacking(*_, **__):
+        raise ImportError("compressed_tensors is not installed; `pip install compressed-tensors`")
+
+    monkeypatch.setattr(loading.AutoModelForImageTextToText, "from_pretrained", lacking)
+    with pytest.raises(ValueError, match="qwen_finetune: compressed_tensors is not installed"):
+        loading.load_model(str(home / "qwen_finetune"), log=lambda _: None)
 
 
 # --- What is written beside a model -----------------------------------------------------------------------------------

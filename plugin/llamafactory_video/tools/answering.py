@@ -73,11 +73,12 @@ def see_followed(models: Sequence[str], options: argparse.Namespace) -> None:
     served, frames = [is_address(model) for model in models], options.send == "frames"
     if frames and not any(served):
         raise ValueError("--send frames is for models behind an address; those that are loaded here see frames anyhow")
-    if not all(served):
+    if not served or not all(served):
         return
     of_clips = () if frames else ("sampled_as", *SAMPLING_KEYS)
     for name in (*_LOADING, *of_clips):
-        if getattr(options, name, None) in (None, [], False):
+        value = getattr(options, name, None)
+        if value is None or value is False or value == []:
             continue
         where = f"--{name.replace('_', '-')}"
         if name in of_clips:
@@ -138,4 +139,5 @@ def load(options: argparse.Namespace) -> Any:
 
 
 def say(text: str) -> None:
+    """Tell the person who runs the command; answers go to the other stream."""
     print(f"lmf-video: {text}", file=sys.stderr)
