@@ -231,6 +231,7 @@ def test_the_fields_are_keys_and_have_places_on_the_page(board):
         board.manager.get_elem_by_id(where)
     for lang in ("en", "ru", "zh", "ko", "ja"):
         board.change_lang(lang)
+    assert entered("video_max_pixels", "32*768*768") == 32 * 768 * 768 and entered("video_max_pixels", "9") == 9
     assert entered("video_max_pixels", "768*768") == 768 * 768 and entered("video_fps", "") is None
     assert cleaned({"packing": False, "use_dora": False, "plot_loss": None}) == {"packing": False}
     assert "中文" in recipe_text({"media_dir": "中文"})
