@@ -27,6 +27,7 @@ from train_recipe import SIZES, make_model
 
 PROMPT_SAMPLING = {"video_fps": 4.0, "video_max_pixels": 31360, "video_min_pixels": 256}
 FRAMES = 32
+COMMAND = "from llamafactory_video.tools.cli import main; raise SystemExit(main())"
 # Stock hands `generate` the clips' metadata, which transformers refuses, so that its do_predict fails on clips as it is.
 STOCK = """
 from llamafactory.cli import main
@@ -121,11 +122,20 @@ def stock(work: Path, options: argparse.Namespace, batch: int) -> dict[str, Any]
     }
 
 
+def infer(name: str, model: str, data: Path, work: Path, *words: str) -> dict[str, Any]:
+    """What one call of `lmf-video infer` prints of its rate, and its answers; nothing of an earlier call is kept."""
+    out, cache = work / "answers.jsonl", work / "cache"
+    out.unlink(missing_ok=True)
+    shutil.rmtree(cache, ignore_errors=True)
+    command = [sys.executable, "-c", COMMAND, "infer", "--model", model, "--data", str(data), "--out", str(out)]
+    text = run([*command, *words], XDG_CACHE_HOME=str(cache))
+    rate = float(re.search(r"questions in .* s, ([\d.]+) a second", text)[1])
+    lines = out.read_text(encoding="utf-8").splitlines()
+    return {"run": name, "clips_a_second": rate, "answers": [json.loads(line)["answer"] for line in lines]}
+
+
 def ours(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     """`lmf-video infer`."""
-    for name in ("answers.jsonl", "cache"):
-        path = work / name
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
     sampling = {
         "video_sampling": "llamafactory",
         **PROMPT_SAMPLING,
@@ -137,18 +147,8 @@ def ours(work: Path, options: argparse.Namespace) -> dict[str, Any]:
         for key, value in sampling.items()
         for word in (f"--{key.replace('_', '-')}", f"{value:g}" if isinstance(value, float) else str(value))
     ]
-    command = "from llamafactory_video.tools.cli import main; raise SystemExit(main())"
-    text = run(
-        [
-            *(sys.executable, "-c", command, "infer", "--model", str(work / options.size)),
-            *("--data", str(work / "data/clips.json"), "--out", str(work / "answers.jsonl")),
-            *("--max-new-tokens", str(options.new_tokens), *words),
-        ],
-        XDG_CACHE_HOME=str(work / "cache"),
-    )
-    rate = float(re.search(r"questions in .* s, ([\d.]+) a second", text)[1])
-    lines = (work / "answers.jsonl").read_text(encoding="utf-8").splitlines()
-    return {"run": "ours", "clips_a_second": rate, "answers": [json.loads(x)["answer"] for x in lines]}
+    words = ["--max-new-tokens", str(options.new_tokens), *words]
+    return infer("ours", str(work / options.size), work / "data/clips.json", work, *words)
 
 
 def main() -> None:

@@ -15,9 +15,7 @@ times here. Writes OUT/infer_against_vllm.json.
 import argparse
 import json
 import os
-import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -28,14 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import requests
-from infer_against_stock import make_clips, run
+from infer_against_stock import COMMAND, infer, make_clips, run
 from llamafactory_video.model.loading import contract_of, load_encoder
 from llamafactory_video.model.servers import serving
 from train_recipe import SIZES, make_model
 
 OFFICIAL = {"video_sampling": "qwen_finetune", "video_fps": 4.0, "video_min_frames": 16, "video_max_frames": 32}
 OFFICIAL |= {"video_min_pixels": 401408, "video_max_pixels": 1003520}
-COMMAND = "from llamafactory_video.tools.cli import main; raise SystemExit(main())"
 PROMPT = "描述这个视频并进行打标,使用json输出标签"
 
 
@@ -54,15 +51,9 @@ def make_data(options: argparse.Namespace) -> tuple[Path, Path]:
 
 def ask(name: str, model: str, data: Path, options: argparse.Namespace, *words: str) -> dict[str, Any]:
     """Rate and answers of one call of `lmf-video infer`."""
-    out, cache = options.work / "answers.jsonl", options.work / "cache"
-    out.unlink(missing_ok=True)
-    shutil.rmtree(cache, ignore_errors=True)
-    command = [sys.executable, "-c", COMMAND, "infer", "--model", model, "--data", str(data), "--out", str(out)]
-    text = run([*command, "--max-new-tokens", str(options.new_tokens), *words], XDG_CACHE_HOME=str(cache))
-    rate = float(re.search(r"questions in .* s, ([\d.]+) a second", text)[1])
-    lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
-    result = {"run": name, "clips_a_second": rate, "answers": [line["answer"] for line in lines]}
-    print(f"{name}: {rate} clips/s", flush=True)
+    words = ("--max-new-tokens", str(options.new_tokens), *words)
+    result = infer(name, model, data, options.work, *words)
+    print(f"{name}: {result['clips_a_second']} clips/s", flush=True)
     return result
 
 

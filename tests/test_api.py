@@ -4,7 +4,6 @@ import base64
 import http.server
 import json
 import socket
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -121,10 +120,8 @@ def web(home):
         def log_message(self, *args):
             pass
 
-    served = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=home))
-    threading.Thread(target=served.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{served.server_address[1]}"
-    served.shutdown()
+    with processes.served(partial(Handler, directory=home)) as address:
+        yield address
 
 
 @pytest.mark.parametrize("stream", [False, True])

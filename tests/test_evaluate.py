@@ -9,7 +9,7 @@ import pytest
 from conftest import write_clip
 from llamafactory_video.demo.tiny_model import save_tiny_model
 from llamafactory_video.evaluate.report import Example, fallen, make_report, recording_of, table
-from processes import run
+from processes import JsonHandler, run, served
 
 TAGS = ["团战", "推塔", "打龙", "击杀", "对线", "回城"]
 
@@ -309,24 +309,14 @@ def test_a_model_behind_an_address_answers_as_its_folder_does(tmp_path, monkeypa
 
 def test_a_judge_is_asked_once_about_each_text(tmp_path):
     """A server of OpenAI's form that thinks more of longer texts."""
-    import http.server
-    import threading
-
     asked = []
 
-    class Judge(http.server.BaseHTTPRequestHandler):
-        def _say(self, value):
-            data = json.dumps(value).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
+    class Judge(JsonHandler):
         def do_GET(self):
-            self._say({"data": [{"id": "judge"}]})
+            self.send({"data": [{"id": "judge"}]})
 
         def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            body = json.loads(self.body())
             asked.append(body["messages"][0]["content"][0]["text"])
             opinion = (
                 "不知道"
@@ -335,20 +325,15 @@ def test_a_judge_is_asked_once_about_each_text(tmp_path):
                 if "一波结束了比赛" in asked[-1].split("Second:")[1]
                 else "I say 4."
             )
-            self._say({"choices": [{"message": {"content": opinion}}]})
+            self.send({"choices": [{"message": {"content": opinion}}]})
 
-        def log_message(self, *args):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Judge)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     about = "双方在中路僵持了很久，凯绕到敌方身后偷掉了二塔，全队随后压上高地，一波结束了比赛。"
     examples = [Example(str(i), (f"{i}.mp4",), {"about": about}) for i in range(3)]
     answers = [text({"about": said}) for said in (about, about[:20])] + ["{"]
     (tmp_path / "a.jsonl").write_text(lines(examples, answers), encoding="utf-8")
     words = ["lmf-video", "score", f"{tmp_path}/a.jsonl", "--out", str(tmp_path / "out"), "--judge"]
-    address = f"http://127.0.0.1:{server.server_port}/v1"
-    try:
+    with served(Judge) as server:
+        address = f"{server}/v1"
         for _ in range(2):
             told = run(*words, address)
             assert told.returncode == 0, told.stderr[-2000:]
@@ -358,8 +343,6 @@ def test_a_judge_is_asked_once_about_each_text(tmp_path):
         (tmp_path / "a.jsonl").write_text(lines(examples, [text({"about": "吞" * 30})] * 3), encoding="utf-8")
         told = run(*words, address)
         assert told.returncode == 1 and "--judge: a number from 0 to 10 was asked for" in told.stderr
-    finally:
-        server.shutdown()
 
 
 def test_clips_that_were_trained_on_are_refused(tmp_path):

@@ -4,11 +4,11 @@ import contextlib
 import http.server
 import json
 import multiprocessing
-import threading
 import time
 
 import fsspec
 import numpy as np
+import processes
 import pytest
 from conftest import write_clip
 from fsspec.registry import known_implementations
@@ -55,13 +55,8 @@ def served(folder, cut=0, pause=0.0):
         def log_message(self, *args):
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", asked
-    finally:
-        server.shutdown()
-        server.server_close()
+    with processes.served(Handler) as address:
+        yield address, asked
 
 
 @pytest.fixture
